@@ -1,0 +1,47 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# What the stamp depends on is what a rebuild of the extension needs.
+SOURCES := setup.py pyproject.toml CMakeLists.txt constraints.txt $(wildcard cmake/*.cmake) $(shell find csrc -type f 2>/dev/null)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test bench info lint format test-asan gpu-report clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(VENV)/.installed: $(SOURCES)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --upgrade pip
+	@echo "installing torch and the build tools (constraints.txt) ..."
+	$(BIN)/pip install -q -c constraints.txt torch triton numpy "setuptools>=77" "pybind11>=2.13" "cmake>=3.25" ninja
+	@echo "building mmkd ..."
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e ".[dev]"
+	@touch $@
+
+install: $(VENV)/.installed ## the environment .venv with mmkd in it
+
+demo: install ## train on real purchases and print the table
+	$(BIN)/mmkd train --data demo --out runs/demo-$$(date +%Y%m%d-%H%M%S)
+
+test: install ## all tests
+	$(BIN)/python -m pytest tests $(PYTEST_ARGS)
+
+bench: install ## every op against its rivals (keep the machine idle)
+	$(BIN)/python -m pytest bench $(PYTEST_ARGS)
+
+info: install ## what is built and which implementation each op uses
+	$(BIN)/mmkd info
+
+lint: install ## ruff and clang-format, checking only
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+
+format: install ## ruff and clang-format, rewriting
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+
+clean: ## removes the environment and everything built
+	rm -rf $(VENV) build mmkd/lib mmkd/*.so *.egg-info

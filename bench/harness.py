@@ -1,0 +1,193 @@
+"""Times ours and its rivals in turn, in one run, and keeps the rows of the table that `pytest bench/` prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+ROUNDS = int(os.environ.get("MMKD_BENCH_ROUNDS", "20"))
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass
+class Row:
+    """One line of the table. Times in milliseconds; `ratio` is the fastest rival's median over ours."""
+
+    op: str
+    case: str
+    ours_ms: float
+    spread_ms: float  # interquartile range of ours
+    rivals: dict[str, float | None]  # None: not installed
+    ratios: dict[str, float]
+    gbps: float | None = None  # bytes that must move / our time
+    gflops: float | None = None
+    peak_mb: dict[str, float] = field(default_factory=dict)
+    target: dict[str, float] = field(default_factory=dict)  # rival -> the least ratio asked for
+
+
+ROWS: list[Row] = []
+
+
+def sync() -> None:
+    """Waits for the device, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _once(fn: Callable[[], object]) -> float:
+    sync()
+    start = time.perf_counter()
+    fn()
+    sync()
+    return (time.perf_counter() - start) * 1e3
+
+
+def interleaved(
+    functions: dict[str, Callable[[], object]], rounds: int = ROUNDS, warmup: int = 3
+) -> dict[str, list[float]]:
+    """Milliseconds of each function, called in turn so that a drift of the machine hits all of them."""
+    for fn in functions.values():
+        for _ in range(warmup):
+            fn()
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, fn in functions.items():
+            times[name].append(_once(fn))
+    return times
+
+
+def peak_extra_mb(fn: Callable[[], object]) -> float:
+    """How far the resident set rises above its level before the call, in MB (Linux)."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return float("nan")
+
+    def read(key: str) -> int:
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(key))
+
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    before = read("VmRSS")
+    fn()
+    return (read("VmHWM") - before) / 1024
+
+
+@lru_cache(maxsize=1)
+def machine() -> dict:
+    """What the numbers were measured on, with this machine's own copy bandwidth and GEMM rate."""
+    source, n = torch.rand(1 << 26), 2048
+    target, a, b = torch.empty_like(source), torch.rand(n, n), torch.rand(n, n)
+    copy = min(interleaved({"copy": lambda: target.copy_(source)}, rounds=7)["copy"])
+    gemm = min(interleaved({"gemm": lambda: a @ b}, rounds=7)["gemm"])
+    cpu = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        "?",
+    )
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
+    return {
+        "cpu": cpu,
+        "isa": torch.ops.mmkd.cpu_isa(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "os": platform.platform(),
+        "torch": torch.__version__,
+        "commit": commit.stdout.strip() or "unknown",
+        "copy_gbps": round(2 * source.numel() * 4 / copy / 1e6, 1),
+        "gemm_gflops": round(2 * n**3 / gemm / 1e6, 1),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def compare(
+    op: str,
+    case: str,
+    ours: Callable[[], object],
+    rivals: dict[str, Callable[[], object] | None],
+    *,
+    moved_bytes: float | None = None,
+    flops: float | None = None,
+    targets: dict[str, float] | None = None,
+    rounds: int = ROUNDS,
+    memory: bool = False,
+) -> Row:
+    """Measures and records one row. A rival given as None is listed as absent."""
+    present = {name: fn for name, fn in rivals.items() if fn is not None}
+    times = interleaved({"ours": ours, **present}, rounds)
+    median = {name: statistics.median(t) for name, t in times.items()}
+    quartiles = statistics.quantiles(times["ours"], n=4) if len(times["ours"]) > 1 else [0, 0, 0]
+    row = Row(
+        op, case, median["ours"], quartiles[2] - quartiles[0],
+        {name: median.get(name) for name in rivals},
+        {name: median[name] / median["ours"] for name in present},
+        gbps=moved_bytes / median["ours"] / 1e6 if moved_bytes else None,
+        gflops=flops / median["ours"] / 1e6 if flops else None,
+        peak_mb={name: peak_extra_mb(fn) for name, fn in {"ours": ours, **present}.items()} if memory else {},
+        target=targets or {},
+    )  # fmt: skip
+    ROWS.append(row)
+    return row
+
+
+def forward_backward(fn: Callable[[], torch.Tensor], leaves: list[torch.Tensor]) -> Callable[[], None]:
+    """A call that computes `fn`, its gradients, and drops them (as zero_grad(set_to_none=True) does)."""
+
+    def step() -> None:
+        out = fn()
+        if isinstance(out, tuple):
+            out = out[0] + out[1]
+        out.backward() if out.dim() == 0 else out.backward(torch.ones_like(out))
+        for leaf in leaves:
+            leaf.grad = None
+
+    return step
+
+
+def compiled(fn: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor] | None:
+    """`torch.compile(fn)`, or None (listed as absent) where MMKD_BENCH_COMPILE=0 switches it off."""
+    return None if os.environ.get("MMKD_BENCH_COMPILE") == "0" else torch.compile(fn)
+
+
+def table() -> str:
+    """The rows as fixed-width text."""
+    if not ROWS:
+        return ""
+    where = machine()
+    lines = [
+        f"{where['cpu']}, {where['threads']} threads, {where['isa']}; torch {where['torch']}; copy {where['copy_gbps']} GB/s, "
+        f"GEMM {where['gemm_gflops']} GFLOP/s; commit {where['commit']}",
+        f"{'op':<16}{'case':<44}{'ours ms':>9} {'±':>6}  {'GB/s':>7}{'GFLOP/s':>9}  rivals: ms (ratio) [target]",
+    ]
+    for r in ROWS:
+        rivals = []
+        for name, ms in r.rivals.items():
+            goal = f" [{r.target[name]:g}x]" if name in r.target else ""
+            memory = f" {r.peak_mb[name]:.0f}MB" if name in r.peak_mb else ""
+            rivals.append(f"{name}: absent" if ms is None else f"{name} {ms:.2f} ({r.ratios[name]:.1f}x){goal}{memory}")
+        own = f" ours {r.peak_mb['ours']:.0f}MB" if r.peak_mb else ""
+        rates = f"{r.gbps:>7.1f}" if r.gbps else " " * 7
+        rates += f"{r.gflops:>9.1f}" if r.gflops else " " * 9
+        lines.append(f"{r.op:<16}{r.case:<44}{r.ours_ms:>9.3f} {r.spread_ms:>6.3f}  {rates}  {'; '.join(rivals)}{own}")
+    return "\n".join(lines)
+
+
+def save(path: Path | None = None) -> Path | None:
+    """Writes the rows as JSON: to MMKD_BENCH_JSON, or bench/results/latest.json."""
+    if not ROWS:
+        return None
+    path = path or Path(os.environ.get("MMKD_BENCH_JSON", RESULTS / "latest.json"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"machine": machine(), "rows": [vars(r) for r in ROWS]}, indent=1) + "\n")
+    os.replace(temporary, path)
+    return path

@@ -1,0 +1,30 @@
+"""Bench results as a markdown table: `python bench/report.py bench/results/NAME.json`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+
+def markdown(path: Path) -> str:
+    """One line per row: ours, each rival's time and ratio, and the target where there is one."""
+    content = json.loads(path.read_text())
+    m = content["machine"]
+    where = m["gpu"] or f"{m['cpu']}, {m['threads']} threads, {m['isa']}"
+    lines = [
+        f"{where}; torch {m['torch']}; copy {m['copy_gbps']} GB/s, GEMM {m['gemm_gflops']} GFLOP/s; commit {m['commit']}, {m['date']}.",
+        "",
+        "| op | case | ours, ms | rival | rival, ms | ratio | target |",
+        "| --- | --- | ---: | --- | ---: | ---: | ---: |",
+    ]
+    for row in content["rows"]:
+        for name, ms in row["rivals"].items():
+            goal = f"{row['target'][name]:g}x" if name in row["target"] else ""
+            time, ratio = ("absent", "") if ms is None else (f"{ms:.2f}", f"{row['ratios'][name]:.1f}x")
+            lines.append(f"| {row['op']} | {row['case']} | {row['ours_ms']:.2f} | {name} | {time} | {ratio} | {goal} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(markdown(Path(sys.argv[1])))

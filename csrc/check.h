@@ -1,0 +1,104 @@
+// Argument checks shared by every op. A message names the argument, what was expected, what came.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+namespace mmkd {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptTensor = std::optional<Tensor>;
+
+template <class... Args>
+[[noreturn]] inline void fail(const Args&... args) {
+  std::ostringstream out;
+  (out << ... << args);
+  throw std::runtime_error(out.str());
+}
+
+#define MMKD_CHECK(cond, ...)               \
+  do {                                      \
+    if (!(cond)) ::mmkd::fail(__VA_ARGS__); \
+  } while (0)
+
+inline std::string shape_of(const Tensor& t) {
+  std::ostringstream out;
+  out << '[';
+  for (int64_t i = 0; i < t.dim(); ++i) out << (i ? ", " : "") << t.size(i);
+  out << ']';
+  return out.str();
+}
+
+inline void check_dim(const Tensor& t, const char* name, int64_t dim) {
+  MMKD_CHECK(t.dim() == dim, name, ": expected ", dim, " dimension(s), got shape ", shape_of(t));
+}
+
+inline void check_size(const Tensor& t, const char* name, int64_t axis, int64_t size) {
+  MMKD_CHECK(t.size(axis) == size, name, ": expected size ", size, " on axis ", axis, ", got shape ", shape_of(t));
+}
+
+inline void check_type(const Tensor& t, const char* name, ScalarType type) {
+  MMKD_CHECK(t.scalar_type() == type, name, ": expected dtype ", torch::headeronly::toString(type), ", got ",
+             torch::headeronly::toString(t.scalar_type()));
+}
+
+inline bool is_float(ScalarType t) {
+  return t == ScalarType::Float || t == ScalarType::Double || t == ScalarType::BFloat16 || t == ScalarType::Half;
+}
+
+inline void check_float(const Tensor& t, const char* name) {
+  MMKD_CHECK(is_float(t.scalar_type()), name, ": expected float32, float64, bfloat16 or float16, got ",
+             torch::headeronly::toString(t.scalar_type()));
+}
+
+// The type sums are kept in: float32 for everything but float64.
+inline ScalarType accumulate_type(ScalarType t) {
+  return t == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// Fresh memory of several MB costs more in page faults than in writes: ask for huge pages, where the system gives them
+// on request. Advice only; nothing depends on it.
+inline void advise_huge_pages(const Tensor& t) {
+#if defined(__linux__)
+  constexpr uintptr_t huge = uintptr_t{1} << 21;
+  const size_t bytes = static_cast<size_t>(t.numel()) * t.element_size();
+  if (bytes < 2 * huge || !t.is_cpu()) return;
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(t.const_data_ptr()) + huge - 1) & ~(huge - 1);
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(t.const_data_ptr()) + bytes) & ~(huge - 1);
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
+inline Tensor empty(std::initializer_list<int64_t> sizes, const Tensor& like, ScalarType type) {
+  Tensor t = torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), type);
+  advise_huge_pages(t);
+  return t;
+}
+
+inline Tensor empty(std::initializer_list<int64_t> sizes, const Tensor& like) {
+  return empty(sizes, like, like.scalar_type());
+}
+
+template <class T>
+inline const T* data(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+
+template <class T>
+inline T* mutable_data(Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+}  // namespace mmkd

@@ -1,0 +1,65 @@
+// emb_kd on the CPU: one streaming pass forward, one backward.
+#include "cpu/emb_kd_kernel.h"
+#include "cpu/loss_tables.h"
+
+namespace mmkd {
+namespace {
+
+constexpr int64_t kMostTeachers = 16;  // the kernel keeps their coefficients in registers
+
+EmbKDArgs args_of(const Tensor& student, const Tensor& teachers, double gamma) {
+  check_float(student, "student");
+  check_dim(student, "student", 2);
+  check_dim(teachers, "teachers", 3);
+  check_type(teachers, "teachers", student.scalar_type());
+  check_size(teachers, "teachers", 1, student.size(0));
+  check_size(teachers, "teachers", 2, student.size(1));
+  MMKD_CHECK(student.is_contiguous() && teachers.is_contiguous(), "student, teachers: expected contiguous tensors");
+  MMKD_CHECK(teachers.size(0) <= kMostTeachers, "teachers: expected at most ", kMostTeachers, ", got ",
+             teachers.size(0));
+  MMKD_CHECK(gamma >= 1, "gamma: expected >= 1, got ", gamma);
+  EmbKDArgs a{};
+  a.dtype = dtype_of(student);
+  a.student = student.const_data_ptr();
+  a.teachers = teachers.const_data_ptr();
+  a.n = student.size(0);
+  a.d = student.size(1);
+  a.num_teachers = teachers.size(0);
+  a.gamma = gamma;
+  return a;
+}
+
+std::tuple<Tensor, Tensor> emb_kd(Tensor student, Tensor teachers, double gamma) {
+  EmbKDArgs a = args_of(student, teachers, gamma);
+  const ScalarType acc = accumulate_type(student.scalar_type());
+  Tensor stats = empty({a.n, 1 + 2 * a.num_teachers}, student, acc), loss = empty({a.n}, student, acc);
+  a.stats = stats.mutable_data_ptr();
+  a.loss = loss.mutable_data_ptr();
+  for_range(a.n, kSampleGrain, [&](int64_t begin, int64_t end) { MMKD_ON_ISA(emb_kd_losses(a, begin, end)); });
+  return {mean_of(loss, a.n), stats};
+}
+
+std::tuple<Tensor, Tensor> emb_kd_backward(Tensor grad, Tensor student, Tensor teachers, Tensor stats, double gamma,
+                                           bool need_student, bool need_teachers) {
+  EmbKDArgs a = args_of(student, teachers, gamma);
+  check_dim(stats, "stats", 2);
+  check_size(stats, "stats", 0, a.n);
+  check_size(stats, "stats", 1, 1 + 2 * a.num_teachers);
+  check_type(stats, "stats", accumulate_type(student.scalar_type()));
+  Tensor grad_student = need_student ? empty({a.n, a.d}, student) : empty({0}, student);
+  Tensor grad_teachers = need_teachers ? empty({a.num_teachers, a.n, a.d}, student) : empty({0}, student);
+  a.stats = stats.mutable_data_ptr();
+  a.grad_student = need_student ? grad_student.mutable_data_ptr() : nullptr;
+  a.grad_teachers = need_teachers ? grad_teachers.mutable_data_ptr() : nullptr;
+  a.scale = a.n ? scalar_of(grad) / static_cast<double>(a.n) : 0;
+  for_range(a.n, kSampleGrain, [&](int64_t begin, int64_t end) { MMKD_ON_ISA(emb_kd_grads(a, begin, end)); });
+  return {grad_student, grad_teachers};
+}
+
+}  // namespace
+}  // namespace mmkd
+
+STABLE_TORCH_LIBRARY_IMPL(mmkd, CPU, m) {
+  m.impl("emb_kd", TORCH_BOX(&mmkd::emb_kd));
+  m.impl("emb_kd_backward", TORCH_BOX(&mmkd::emb_kd_backward));
+}

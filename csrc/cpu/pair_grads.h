@@ -1,0 +1,52 @@
+// Gradients of two embedding tables from a batch of weighted (user, item) pairs, without atomics: the batch is grouped by
+// the row it touches, and every row is summed in the batch's order and written once. Bit-equal for any number of threads.
+#pragma once
+#include <memory>
+#include <tuple>
+
+#include "cpu/losses.h"
+
+namespace mmkd {
+
+// The positions of an index list, grouped by the row they name.
+class RowGroups {
+ public:
+  RowGroups(int64_t n, int64_t num_rows);
+  // False, and nothing usable, if an index is outside [0, num_rows). Allocates nothing, throws nothing.
+  bool build(const int64_t* index);
+
+  std::unique_ptr<uint64_t[]> order;         // [n] row << 32 | position, sorted
+  std::unique_ptr<uint32_t[]> rows, starts;  // [count], [count + 1]
+  int64_t count = 0;
+
+ private:
+  std::unique_ptr<uint64_t[]> spare_;
+  int64_t n_, num_rows_;
+};
+
+// Pair (b, k) of weight w adds w * item_emb[c_bk] to the gradient of user u_b and w * user_emb[u_b] to that of item c_bk.
+class PairGrads {
+ public:
+  // users: [batch], candidates: [batch, fan].
+  PairGrads(const Tensor& user_emb, const Tensor& item_emb, const int64_t* users, const int64_t* candidates,
+            int64_t batch, int64_t fan, bool need_user, bool need_item);
+
+  // Grouping, for the caller to run beside his own work: group(t) for t in [0, kTasks), in any order or at once.
+  static constexpr int64_t kTasks = 2;
+  void group(int64_t task);
+  // Whether every index was in range; write() may only be called if so.
+  bool good() const { return good_[0] && good_[1]; }
+
+  // weights: [batch, fan], accumulator type. Gradients in the tables' dtype; empty where not needed.
+  std::tuple<Tensor, Tensor> write(const void* weights);
+
+ private:
+  const Tensor &user_emb_, &item_emb_;
+  const int64_t *users_, *candidates_;
+  int64_t batch_, fan_;
+  bool need_user_, need_item_;
+  bool good_[kTasks] = {false, false};
+  RowGroups user_groups_, item_groups_;
+};
+
+}  // namespace mmkd

@@ -1,0 +1,120 @@
+#include "cpu/scatter_kernel.h"
+
+#include "cpu/vec.h"
+
+namespace mmkd {
+namespace MMKD_ISA {
+namespace {
+
+constexpr int kAhead = 12;  // entries between a prefetch and its use
+
+// out[c0 ...] for NV vectors of columns; the sums stay in registers.
+template <int NV, class T>
+MMKD_INLINE void columns(const T* source, const uint32_t* id, const Acc<T>* weight, int64_t n, int64_t ahead, int64_t d,
+                         T* out) {
+  using W = Vec<T>;
+  typename W::V s[NV] = {};
+  for (int64_t j = 0; j < n; ++j) {
+    if (j + kAhead < ahead) {
+      const char* next = reinterpret_cast<const char*>(source + static_cast<int64_t>(id[j + kAhead]) * d);
+#pragma GCC unroll 8
+      for (unsigned b = 0; b < NV * W::size * sizeof(T); b += 64) __builtin_prefetch(next + b);
+    }
+    const T* p = source + static_cast<int64_t>(id[j]) * d;
+#pragma GCC unroll 16
+    for (int v = 0; v < NV; ++v) s[v] += weight[j] * W::load(p + v * W::size);
+  }
+#pragma GCC unroll 16
+  for (int v = 0; v < NV; ++v) W::store(out + v * W::size, s[v]);
+}
+
+template <class T>
+void narrow(const T* source, const uint32_t* id, const Acc<T>* weight, int64_t n, int64_t d, T* out) {
+  for (int64_t c = 0; c < d; ++c) {
+    Acc<T> s = 0;
+    for (int64_t j = 0; j < n; ++j) s += weight[j] * Element<T>::load(source + static_cast<int64_t>(id[j]) * d + c);
+    Element<T>::store(out + c, s);
+  }
+}
+
+// Any d: wide passes, then narrower ones; a last odd piece is one vector that overlaps what is already written.
+template <class T>
+MMKD_INLINE void sum_row(const T* source, const uint32_t* id, const Acc<T>* weight, int64_t n, int64_t ahead, int64_t d,
+                         T* out) {
+  constexpr int64_t w = Vec<T>::size;
+  if (d < w) return narrow(source, id, weight, n, d, out);
+  int64_t c = 0;
+  for (; c + 8 * w <= d; c += 8 * w) columns<8>(source + c, id, weight, n, ahead, d, out + c);
+  if (c + 4 * w <= d) columns<4>(source + c, id, weight, n, ahead, d, out + c), c += 4 * w;
+  if (c + 2 * w <= d) columns<2>(source + c, id, weight, n, ahead, d, out + c), c += 2 * w;
+  if (c + w <= d) columns<1>(source + c, id, weight, n, ahead, d, out + c), c += w;
+  if (c < d) columns<1>(source + d - w, id, weight, n, ahead, d, out + d - w);
+}
+
+MMKD_INLINE int64_t first_group(const SumRowsArgs& a, int64_t row) {
+  int64_t lo = 0, hi = a.groups;
+  while (lo < hi) {
+    const int64_t mid = lo + (hi - lo) / 2;
+    if (a.rows[mid] < row) {
+      lo = mid + 1;
+    } else {
+      hi = mid;
+    }
+  }
+  return lo;
+}
+
+// Lays the sources and weights of positions [begin, end) side by side, in the order they are summed.
+template <class A>
+MMKD_INLINE void expand(const SumRowsArgs& a, int64_t begin, int64_t end) {
+  const A* weight = static_cast<const A*>(a.weight);
+  A* entry_weight = static_cast<A*>(a.entry_weight);
+  for (int64_t j = begin; j < end; ++j) {
+    const uint32_t p = static_cast<uint32_t>(a.order[j]);
+    if (a.fan == 1) {
+      a.entry_id[j] = static_cast<uint32_t>(a.source_id[p / static_cast<uint32_t>(a.share)]);
+      entry_weight[j] = weight[p];
+      continue;
+    }
+    for (int64_t k = 0; k < a.fan; ++k) {
+      a.entry_id[j * a.fan + k] = static_cast<uint32_t>(a.source_id[p * a.fan + k]);
+      entry_weight[j * a.fan + k] = weight[p * a.fan + k];
+    }
+  }
+}
+
+template <class T>
+void sum_rows_typed(const SumRowsArgs& a, int64_t begin, int64_t end) {
+  const T* source = static_cast<const T*>(a.source);
+  const Acc<T>* weight = static_cast<const Acc<T>*>(a.entry_weight);
+  T* out = static_cast<T*>(a.out);
+  const int64_t first = first_group(a, begin), last = first_group(a, end);
+  const int64_t stop = a.starts[last] * a.fan;
+  expand<Acc<T>>(a, a.starts[first], a.starts[last]);
+  int64_t next = begin;  // the first row not yet written
+  for (int64_t g = first; g < last; ++g) {
+    const int64_t row = a.rows[g], lo = a.starts[g] * a.fan, hi = a.starts[g + 1] * a.fan;
+    if (row > next) memset(out + next * a.d, 0, (row - next) * a.d * sizeof(T));
+    sum_row(source, a.entry_id + lo, weight + lo, hi - lo, stop - lo, a.d, out + row * a.d);
+    next = row + 1;
+  }
+  if (end > next) memset(out + next * a.d, 0, (end - next) * a.d * sizeof(T));
+}
+
+}  // namespace
+
+void sum_rows(const SumRowsArgs& a, int64_t begin, int64_t end) {
+  switch (a.dtype) {
+    case DType::f32:
+      return sum_rows_typed<float>(a, begin, end);
+    case DType::f64:
+      return sum_rows_typed<double>(a, begin, end);
+    case DType::bf16:
+      return sum_rows_typed<bf16_t>(a, begin, end);
+    default:
+      return sum_rows_typed<f16_t>(a, begin, end);
+  }
+}
+
+}  // namespace MMKD_ISA
+}  // namespace mmkd

@@ -1,0 +1,411 @@
+// spmm, sddmm, csr_transpose and LightGCN propagation on the CPU (spec section 2).
+#include <algorithm>
+#include <vector>
+
+#include "cpu/parallel.h"
+#include "cpu/spmm.h"
+
+namespace mmkd {
+namespace {
+
+// A CSR matrix as the ops take it. Its numbers are checked row by row, before a row's entries are used.
+struct Csr {
+  const int64_t* rowptr;
+  const void* col;
+  bool col64;
+  int64_t num_rows, nnz;
+
+  int64_t at(int64_t j) const {
+    return col64 ? static_cast<const int64_t*>(col)[j] : static_cast<const int32_t*>(col)[j];
+  }
+};
+
+Csr csr_of(const Tensor& rowptr, const Tensor& col) {
+  check_dim(rowptr, "rowptr", 1);
+  check_dim(col, "col", 1);
+  check_type(rowptr, "rowptr", ScalarType::Long);
+  const bool col64 = col.scalar_type() == ScalarType::Long;
+  MMKD_CHECK(col64 || col.scalar_type() == ScalarType::Int, "col: expected dtype int32 or int64, got ",
+             torch::headeronly::toString(col.scalar_type()));
+  MMKD_CHECK(rowptr.is_contiguous() && col.is_contiguous(), "rowptr, col: expected contiguous tensors");
+  MMKD_CHECK(rowptr.numel() >= 1, "rowptr: expected num_rows + 1 entries, got none");
+  const Csr m{data<int64_t>(rowptr), col.const_data_ptr(), col64, rowptr.numel() - 1, col.numel()};
+  MMKD_CHECK(m.rowptr[0] == 0 && m.rowptr[m.num_rows] == m.nnz,
+             "rowptr: expected to start at 0 and end at len(col) = ", m.nnz, ", got ", m.rowptr[0], " and ",
+             m.rowptr[m.num_rows]);
+  return m;
+}
+
+[[noreturn]] void fail_row(const Csr& m, int64_t row, int64_t num_cols) {
+  const int64_t lo = m.rowptr[row], hi = m.rowptr[row + 1];
+  MMKD_CHECK(lo >= 0 && lo <= hi && hi <= m.nnz, "rowptr: row ", row, " spans [", lo, ", ", hi,
+             "), expected a non-decreasing range within [0, ", m.nnz, "]");
+  for (int64_t j = lo; j < hi; ++j) {
+    MMKD_CHECK(m.at(j) >= 0 && m.at(j) < num_cols, "col: entry ", j, " (row ", row, ") is ", m.at(j), ", expected [0, ",
+               num_cols, ")");
+  }
+  fail("rowptr, col: changed while they were being read");
+}
+
+void check_row(const Csr& m, int64_t row, int64_t num_cols) {
+  const int64_t lo = m.rowptr[row], hi = m.rowptr[row + 1];
+  bool good = lo >= 0 && lo <= hi && hi <= m.nnz;
+  for (int64_t j = lo; good && j < hi; ++j) good = m.at(j) >= 0 && m.at(j) < num_cols;
+  if (!good) fail_row(m, row, num_cols);
+}
+
+const void* scale_of(const OptTensor& t, const char* name, int64_t size, ScalarType type) {
+  if (!t) return nullptr;
+  check_dim(*t, name, 1);
+  check_size(*t, name, 0, size);
+  check_type(*t, name, type);
+  MMKD_CHECK(t->is_contiguous(), name, ": expected a contiguous tensor");
+  return t->const_data_ptr();
+}
+
+void check_table(const Tensor& t, const char* name) {
+  check_float(t, name);
+  check_dim(t, name, 2);
+  MMKD_CHECK(t.is_contiguous(), name, ": expected a contiguous tensor");
+}
+
+// Boundaries that cut n rows into pieces of about equal work, where a row costs its non-zeros and one more.
+// `rows` null: all rows in order, and the boundaries come from binary searches in rowptr.
+std::vector<int64_t> cut_evenly(const Csr& m, const int64_t* rows, int64_t n) {
+  const int64_t pieces = std::min<int64_t>(n, 16 * torch::stable::get_num_threads());
+  std::vector<int64_t> bounds{0};
+  if (!rows) {
+    const double work = static_cast<double>(m.nnz + n);
+    for (int64_t p = 1; p < pieces; ++p) {
+      const int64_t goal = static_cast<int64_t>(work * p / pieces);
+      int64_t lo = bounds.back(), hi = n;
+      while (lo < hi) {
+        const int64_t mid = lo + (hi - lo) / 2;
+        if (m.rowptr[mid] + mid < goal) {
+          lo = mid + 1;
+        } else {
+          hi = mid;
+        }
+      }
+      bounds.push_back(lo);
+    }
+  } else {
+    int64_t work = 0, done = 0;
+    for (int64_t i = 0; i < n; ++i) work += m.rowptr[rows[i] + 1] - m.rowptr[rows[i]] + 1;
+    const int64_t step = work / std::max<int64_t>(1, pieces) + 1;
+    for (int64_t i = 0; i < n; ++i) {
+      done += m.rowptr[rows[i] + 1] - m.rowptr[rows[i]] + 1;
+      if (done >= step * static_cast<int64_t>(bounds.size())) bounds.push_back(i + 1);
+    }
+  }
+  bounds.push_back(n);
+  return bounds;
+}
+
+void run(const Csr& m, const SpmmArgs& a, int64_t n) {
+  const std::vector<int64_t> bounds = cut_evenly(m, a.rows, n);
+  std::atomic<int64_t> bad{-1};
+  for_chunks(static_cast<int64_t>(bounds.size()) - 1, [&](int64_t c) {
+    const int64_t row = MMKD_ON_ISA(spmm(a, bounds[c], bounds[c + 1]));
+    if (row >= 0) bad.store(row);
+  });
+  if (bad.load() >= 0) fail_row(m, bad.load(), a.num_cols);
+}
+
+SpmmArgs args_of(const Csr& m, const Tensor& x) {
+  SpmmArgs a{};
+  a.dtype = dtype_of(x);
+  a.col64 = m.col64;
+  a.rowptr = m.rowptr;
+  a.col = m.col;
+  a.x = x.const_data_ptr();
+  a.num_rows = m.num_rows;
+  a.num_cols = x.size(0);
+  a.nnz = m.nnz;
+  a.d = x.size(1);
+  a.alpha = 1.0;
+  return a;
+}
+
+Tensor spmm(Tensor rowptr, Tensor col, Tensor x, OptTensor value, OptTensor row_scale, OptTensor col_scale,
+            OptTensor /*t_rowptr*/, OptTensor /*t_col*/) {  // the transpose is there for the backward pass
+  const Csr m = csr_of(rowptr, col);
+  check_table(x, "x");
+  const ScalarType acc = accumulate_type(x.scalar_type());
+  Tensor out = empty({m.num_rows, x.size(1)}, x);
+  SpmmArgs a = args_of(m, x);
+  a.value = scale_of(value, "value", m.nnz, acc);
+  a.row_scale = scale_of(row_scale, "row_scale", m.num_rows, acc);
+  a.col_scale = scale_of(col_scale, "col_scale", x.size(0), acc);
+  a.out = out.mutable_data_ptr();
+  run(m, a, m.num_rows);
+  return out;
+}
+
+Tensor sddmm(Tensor rowptr, Tensor col, Tensor a, Tensor b, OptTensor row_scale, OptTensor col_scale) {
+  const Csr m = csr_of(rowptr, col);
+  check_table(a, "a");
+  check_table(b, "b");
+  check_type(b, "b", a.scalar_type());
+  check_size(a, "a", 0, m.num_rows);
+  check_size(b, "b", 1, a.size(1));
+  const ScalarType acc = accumulate_type(a.scalar_type());
+  Tensor out = empty({m.nnz}, a, acc);
+  const SddmmArgs args{dtype_of(a),
+                       m.col64,
+                       m.rowptr,
+                       m.col,
+                       a.const_data_ptr(),
+                       b.const_data_ptr(),
+                       scale_of(row_scale, "row_scale", m.num_rows, acc),
+                       scale_of(col_scale, "col_scale", b.size(0), acc),
+                       out.mutable_data_ptr(),
+                       m.num_rows,
+                       b.size(0),
+                       m.nnz,
+                       a.size(1)};
+  const std::vector<int64_t> bounds = cut_evenly(m, nullptr, m.num_rows);
+  std::atomic<int64_t> bad{-1};
+  for_chunks(static_cast<int64_t>(bounds.size()) - 1, [&](int64_t c) {
+    const int64_t row = MMKD_ON_ISA(sddmm(args, bounds[c], bounds[c + 1]));
+    if (row >= 0) bad.store(row);
+  });
+  if (bad.load() >= 0) fail_row(m, bad.load(), b.size(0));
+  return out;
+}
+
+template <class I>
+void transpose_into(const Csr& m, int64_t num_cols, int64_t* rowptr, I* col, int64_t* perm) {
+  std::fill(rowptr, rowptr + num_cols + 1, 0);
+  for (int64_t j = 0; j < m.nnz; ++j) ++rowptr[m.at(j) + 1];
+  for (int64_t c = 0; c < num_cols; ++c) rowptr[c + 1] += rowptr[c];
+  std::vector<int64_t> next(rowptr, rowptr + num_cols);
+  for (int64_t r = 0; r < m.num_rows; ++r) {
+    for (int64_t j = m.rowptr[r]; j < m.rowptr[r + 1]; ++j) {
+      const int64_t k = next[m.at(j)]++;
+      col[k] = static_cast<I>(r);
+      perm[k] = j;
+    }
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor> csr_transpose(Tensor rowptr, Tensor col, int64_t num_cols) {
+  const Csr m = csr_of(rowptr, col);
+  MMKD_CHECK(num_cols >= 0, "num_cols: expected >= 0, got ", num_cols);
+  MMKD_CHECK(m.col64 || m.num_rows <= INT32_MAX, "col: int32 cannot hold the ", m.num_rows, " row ids; pass int64");
+  for (int64_t r = 0; r < m.num_rows; ++r) check_row(m, r, num_cols);
+  Tensor out_rowptr = empty({num_cols + 1}, rowptr), out_col = empty({m.nnz}, col), perm = empty({m.nnz}, rowptr);
+  if (m.col64) {
+    transpose_into(m, num_cols, mutable_data<int64_t>(out_rowptr), mutable_data<int64_t>(out_col),
+                   mutable_data<int64_t>(perm));
+  } else {
+    transpose_into(m, num_cols, mutable_data<int64_t>(out_rowptr), mutable_data<int32_t>(out_col),
+                   mutable_data<int64_t>(perm));
+  }
+  return {out_rowptr, out_col, perm};
+}
+
+// What propagation needs besides x: a square symmetric adjacency and s = D^-1/2.
+struct Graph {
+  Csr m;
+  const void* scale;
+};
+
+Graph graph_of(const Tensor& rowptr, const Tensor& col, const Tensor& scale, ScalarType type) {
+  const Csr m = csr_of(rowptr, col);
+  return {m, scale_of(scale, "scale", m.num_rows, accumulate_type(type))};
+}
+
+const int64_t* rows_of(const Tensor& rows, int64_t num_nodes) {
+  check_dim(rows, "rows", 1);
+  check_type(rows, "rows", ScalarType::Long);
+  MMKD_CHECK(rows.is_contiguous(), "rows: expected a contiguous tensor");
+  const int64_t* r = data<int64_t>(rows);
+  for (int64_t i = 0; i < rows.numel(); ++i) {
+    MMKD_CHECK(r[i] >= 0 && r[i] < num_nodes, "rows: entry ", i, " is ", r[i], ", expected [0, ", num_nodes, ")");
+  }
+  return r;
+}
+
+// Flags N(rows), and rows themselves if asked.
+std::vector<uint8_t> neighbourhood(const Csr& m, const int64_t* rows, int64_t n, bool with_rows) {
+  std::vector<uint8_t> flags(m.num_rows, 0);
+  for (int64_t i = 0; i < n; ++i) {
+    check_row(m, rows[i], m.num_rows);
+    for (int64_t j = m.rowptr[rows[i]]; j < m.rowptr[rows[i] + 1]; ++j) flags[m.at(j)] = 1;
+    if (with_rows) flags[rows[i]] = 1;
+  }
+  return flags;
+}
+
+std::vector<int64_t> flagged(const std::vector<uint8_t>& flags) {
+  std::vector<int64_t> list(flags.size());
+  int64_t n = 0;
+  for (size_t v = 0; v < flags.size(); ++v) {
+    list[n] = static_cast<int64_t>(v);
+    n += flags[v];
+  }
+  list.resize(n);
+  return list;
+}
+
+Tensor identity_layers(const Tensor& x, const int64_t* rows, int64_t n) {
+  if (!rows) return torch::stable::clone(x);
+  Tensor out = empty({n, x.size(1)}, x);
+  const int64_t bytes = x.size(1) * static_cast<int64_t>(x.element_size());
+  for (int64_t i = 0; i < n; ++i) {
+    std::copy_n(data<char>(x) + rows[i] * bytes, bytes, mutable_data<char>(out) + i * bytes);
+  }
+  return out;
+}
+
+// Horner's form: h <- x + Â h, num_layers times, then / (num_layers + 1). The mean costs no pass of its own.
+Tensor propagate(Tensor rowptr, Tensor col, Tensor scale, Tensor x, int64_t num_layers, OptTensor rows) {
+  check_table(x, "x");
+  const Graph g = graph_of(rowptr, col, scale, x.scalar_type());
+  check_size(x, "x", 0, g.m.num_rows);
+  MMKD_CHECK(num_layers >= 0, "num_layers: expected >= 0, got ", num_layers);
+  const int64_t n = rows ? rows->numel() : g.m.num_rows;
+  const int64_t* wanted = rows ? rows_of(*rows, g.m.num_rows) : nullptr;
+  // An empty `rows` has a null pointer, which would read as "all rows" below.
+  if (rows && n == 0) return empty({0, x.size(1)}, x);
+  if (num_layers == 0) return identity_layers(x, wanted, n);
+
+  SpmmArgs a = args_of(g.m, x);
+  a.row_scale = a.col_scale = g.scale;
+  a.add = x.const_data_ptr();
+  Tensor h = x;
+  for (int64_t l = 1; l <= num_layers; ++l) {
+    const bool last = l == num_layers;
+    a.x = h.const_data_ptr();
+    a.alpha = last ? 1.0 / static_cast<double>(num_layers + 1) : 1.0;
+    Tensor out = empty({last ? n : g.m.num_rows, x.size(1)}, x);
+    a.out = out.mutable_data_ptr();
+    if (wanted && last) {
+      a.rows = wanted;
+      a.compact = true;
+      run(g.m, a, n);
+    } else if (wanted && l == num_layers - 1) {
+      // Only what the last layer will gather is computed; the other rows of `out` stay unwritten and unread.
+      const std::vector<int64_t> needed = flagged(neighbourhood(g.m, wanted, n, false));
+      if (!needed.empty()) {
+        a.rows = needed.data();
+        run(g.m, a, static_cast<int64_t>(needed.size()));
+        a.rows = nullptr;
+      }
+    } else {
+      run(g.m, a, g.m.num_rows);
+    }
+    h = out;
+  }
+  return h;
+}
+
+// Sums the gradients of repeated rows, in order of position. unique: sorted; sums: [unique, d] accumulator type.
+template <class A>
+void unique_rows(const int64_t* rows, int64_t n, const A* grad, int64_t d, std::vector<int64_t>& unique, A* sums) {
+  std::vector<int64_t> order(n);
+  for (int64_t i = 0; i < n; ++i) order[i] = i;
+  std::sort(order.begin(), order.end(),
+            [&](int64_t i, int64_t j) { return rows[i] != rows[j] ? rows[i] < rows[j] : i < j; });
+  for (int64_t i : order) {
+    if (unique.empty() || unique.back() != rows[i]) {
+      std::copy_n(grad + i * d, d, sums + static_cast<int64_t>(unique.size()) * d);
+      unique.push_back(rows[i]);
+    } else {
+      A* s = sums + (static_cast<int64_t>(unique.size()) - 1) * d;
+      for (int64_t c = 0; c < d; ++c) s[c] += grad[i * d + c];
+    }
+  }
+}
+
+// The gradient of propagate(...)[rows] with respect to x. Â is symmetric, so it is the same Horner form; its first
+// layer starts from rows only and pushes them to their neighbours.
+Tensor backward_rows(const Graph& g, const Tensor& grad, int64_t num_layers, const int64_t* rows, int64_t n) {
+  const int64_t nodes = g.m.num_rows, d = grad.size(1);
+  const bool f64 = grad.scalar_type() == ScalarType::Double;
+  Tensor sums = empty({n, d}, grad);
+  std::vector<int64_t> unique;
+  if (f64) {
+    unique_rows(rows, n, data<double>(grad), d, unique, mutable_data<double>(sums));
+  } else {
+    unique_rows(rows, n, data<float>(grad), d, unique, mutable_data<float>(sums));
+  }
+  const int64_t count = static_cast<int64_t>(unique.size());
+  const int64_t row_bytes = d * static_cast<int64_t>(grad.element_size());
+  const std::vector<uint8_t> active =
+      num_layers > 0 ? neighbourhood(g.m, unique.data(), count, true) : std::vector<uint8_t>();
+
+  // h1 = g + Â g. Unflagged rows are read by nobody unless this is already the result.
+  Tensor h = empty({nodes, d}, grad);
+  char* to = mutable_data<char>(h);
+  for_range(nodes, 1024, [&](int64_t begin, int64_t end) {
+    for (int64_t v = begin; v < end; ++v) {
+      if (num_layers <= 1 || active[v]) std::fill_n(to + v * row_bytes, row_bytes, 0);
+    }
+  });
+  if (num_layers == 0) {
+    for (int64_t i = 0; i < count; ++i) {
+      std::copy_n(data<char>(sums) + i * row_bytes, row_bytes, to + unique[i] * row_bytes);
+    }
+    return h;
+  }
+  const PushArgs push{dtype_of(grad),        g.m.col64,     g.m.rowptr, g.m.col, g.scale,
+                      sums.const_data_ptr(), unique.data(), to,         count,   d};
+  const int64_t pieces = 4 * torch::stable::get_num_threads();
+  for_chunks(pieces, [&](int64_t p) { MMKD_ON_ISA(push_rows(push, nodes * p / pieces, nodes * (p + 1) / pieces)); });
+
+  std::vector<int32_t> add_map(nodes, -1);
+  for (int64_t i = 0; i < count; ++i) add_map[unique[i]] = static_cast<int32_t>(i);
+  SpmmArgs a = args_of(g.m, h);
+  a.row_scale = a.col_scale = g.scale;
+  a.add = sums.const_data_ptr();
+  a.add_map = add_map.data();
+  for (int64_t l = 2; l <= num_layers; ++l) {
+    a.x = h.const_data_ptr();
+    a.active = l == 2 ? active.data() : nullptr;
+    a.alpha = l == num_layers ? 1.0 / static_cast<double>(num_layers + 1) : 1.0;
+    Tensor out = empty({nodes, d}, grad);
+    a.out = out.mutable_data_ptr();
+    run(g.m, a, nodes);
+    h = out;
+  }
+  if (num_layers == 1) {
+    auto halve = [&](auto* p) {
+      for_range(nodes * d, 1 << 16, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) p[i] /= 2;
+      });
+    };
+    f64 ? halve(mutable_data<double>(h)) : halve(mutable_data<float>(h));
+  }
+  return h;
+}
+
+Tensor propagate_backward(Tensor rowptr, Tensor col, Tensor scale, Tensor grad, int64_t num_layers, OptTensor rows) {
+  if (!rows) return propagate(rowptr, col, scale, grad, num_layers, std::nullopt);
+  check_table(grad, "grad");
+  check_size(grad, "grad", 0, rows->numel());
+  const ScalarType type = grad.scalar_type(), acc = accumulate_type(type);
+  const Graph g = graph_of(rowptr, col, scale, type);
+  MMKD_CHECK(g.m.num_rows <= INT32_MAX, "rowptr: row-restricted propagation takes up to 2^31 - 1 nodes, got ",
+             g.m.num_rows);
+  const int64_t* r = rows_of(*rows, g.m.num_rows);
+  // 16-bit gradients are propagated in float32: the sums of a row's neighbours need it anyway.
+  const Tensor wide = type == acc ? grad : torch::stable::to(grad, acc);
+  const Tensor out = backward_rows(g, wide, num_layers, r, rows->numel());
+  return type == acc ? out : torch::stable::to(out, type);
+}
+
+}  // namespace
+
+void run_spmm(const SpmmArgs& args) { run({args.rowptr, args.col, args.col64, args.num_rows, args.nnz}, args, args.num_rows); }
+
+}  // namespace mmkd
+
+STABLE_TORCH_LIBRARY_IMPL(mmkd, CPU, m) {
+  m.impl("spmm", TORCH_BOX(&mmkd::spmm));
+  m.impl("sddmm", TORCH_BOX(&mmkd::sddmm));
+  m.impl("csr_transpose", TORCH_BOX(&mmkd::csr_transpose));
+  m.impl("propagate", TORCH_BOX(&mmkd::propagate));
+  m.impl("propagate_backward", TORCH_BOX(&mmkd::propagate_backward));
+}

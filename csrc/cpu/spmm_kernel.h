@@ -1,0 +1,64 @@
+// out[i] = alpha * (add[r] + row_scale[r] * sum_j value[j] * col_scale[col[j]] * x[col[j]]),  r = rows[i] or i.
+#pragma once
+#include <stdint.h>
+
+#include "cpu/dtype.h"
+#include "cpu/isa.h"
+
+namespace mmkd {
+
+struct SpmmArgs {
+  DType dtype;             // of x, add and out
+  bool col64;              // col is int64, else int32
+  const int64_t* rowptr;   // [num_rows + 1]
+  const void* col;         // [nnz]
+  const void* x;           // [num_cols, d]
+  const void* value;       // [nnz] accumulator type, or null for ones
+  const void* row_scale;   // [num_rows] accumulator type, or null
+  const void* col_scale;   // [num_cols] accumulator type, or null
+  const void* add;         // [*, d] or null
+  const int32_t* add_map;  // [num_rows] row of `add` for a node, -1 for none; null: the same row
+  const int64_t* rows;     // [n] rows to compute, or null for all
+  const uint8_t* active;   // [num_cols] 0 where x's row is to be read as zero; null: all are read
+  void* out;               // [n, d] if compact, else [num_rows, d]
+  bool compact;
+  int64_t num_rows, num_cols, nnz, d;
+  double alpha;
+};
+
+// Computes positions [begin, end). Returns -1, or the row whose rowptr or col is out of range: that row is left
+// unwritten and nothing of x is read for it.
+MMKD_KERNEL(int64_t spmm(const SpmmArgs& a, int64_t begin, int64_t end))
+
+// out[j] = row_scale[r] * col_scale[col[j]] * <a[r], b[col[j]]>: the gradient of `value`. Same return value.
+struct SddmmArgs {
+  DType dtype;
+  bool col64;
+  const int64_t* rowptr;
+  const void* col;
+  const void* a;          // [num_rows, d]
+  const void* b;          // [num_cols, d]
+  const void* row_scale;  // accumulator type, or null
+  const void* col_scale;
+  void* out;  // [nnz] accumulator type
+  int64_t num_rows, num_cols, nnz, d;
+};
+MMKD_KERNEL(int64_t sddmm(const SddmmArgs& a, int64_t begin, int64_t end))
+
+// The first backward layer of row-restricted propagation: gradient rows `g` of the nodes `rows` (sorted, unique) are
+// pushed to their neighbours in [target_begin, target_end). `h` rows of that range that are flagged in `active` must be
+// zero on entry. h[t] += scale[t] * scale[r] * g[i]; then h[r] += g[i].
+struct PushArgs {
+  DType dtype;
+  bool col64;
+  const int64_t* rowptr;
+  const void* col;      // sorted within each row
+  const void* scale;    // [N] accumulator type
+  const void* g;        // [n, d] accumulator type
+  const int64_t* rows;  // [n]
+  void* h;              // [N, d] accumulator type
+  int64_t num_rows, d;
+};
+MMKD_KERNEL(void push_rows(const PushArgs& a, int64_t target_begin, int64_t target_end))
+
+}  // namespace mmkd

@@ -1,0 +1,51 @@
+// A launch: <<<>>> under nvcc, the executor of simt/ under g++. The only place that knows the difference.
+#pragma once
+#include <stdint.h>
+
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+namespace mmkd::cuda {
+
+// The most blocks of a kernel whose threads step through the work by the size of the grid.
+constexpr int64_t kMaxBlocks = 1024;
+
+struct Grid {
+  int64_t x;           // blocks; 0: nothing is launched
+  int block;           // threads of a block
+  void* stream;        // cudaStream_t
+  int64_t shared = 0;  // dynamic shared memory in bytes
+  int64_t y = 1;
+};
+
+inline void check_grid(const Grid& g, const char* name) {
+  if (g.x > 0x7fffffff || g.y > 65535) {
+    throw std::runtime_error(std::string(name) + ": too large for one launch (" + std::to_string(g.x) + " x " +
+                             std::to_string(g.y) + " blocks); pass fewer rows at a time");
+  }
+}
+
+#if defined(__CUDACC__)
+template <class... P, class... A>
+void launch(const char* name, void (*kernel)(P...), const Grid& g, A&&... args) {
+  if (g.x == 0) return;
+  check_grid(g, name);
+  const dim3 blocks(static_cast<unsigned>(g.x), static_cast<unsigned>(g.y));
+  kernel<<<blocks, g.block, static_cast<size_t>(g.shared), static_cast<cudaStream_t>(g.stream)>>>(
+      std::forward<A>(args)...);
+  const cudaError_t status = cudaGetLastError();
+  if (status != cudaSuccess) {
+    throw std::runtime_error(std::string("mmkd: launch of ") + name + " failed: " + cudaGetErrorString(status));
+  }
+}
+#else
+template <class... P, class... A>
+void launch(const char* name, void (*kernel)(P...), const Grid& g, A&&... args) {
+  if (g.x == 0) return;
+  check_grid(g, name);
+  simt::run(name, g.x, g.y, g.block, g.shared, [&] { kernel(args...); });
+}
+#endif
+
+}  // namespace mmkd::cuda

@@ -1,0 +1,277 @@
+#include "cuda/device.cuh"
+#include "cuda/spmm_kernel.h"
+
+namespace mmkd::cuda {
+namespace {
+
+constexpr int kBlock = 128;
+
+__device__ __forceinline__ int64_t column(const Csr& m, int64_t entry) {
+  const int64_t c = m.col64 ? static_cast<const int64_t*>(m.col)[entry]
+                            : static_cast<int64_t>(static_cast<const int32_t*>(m.col)[entry]);
+  return checked(c, m.num_cols);
+}
+__device__ __forceinline__ int64_t row_of(const Csr& m, int64_t position) {
+  return m.rows ? checked(m.rows[position], m.num_rows) : position;
+}
+// First of [0, n) for which path(i) > at, where path rises; n if none.
+template <class Path>
+__device__ __forceinline__ int64_t upper_bound(int64_t n, int64_t at, Path path) {
+  int64_t lo = 0, hi = n;
+  while (lo < hi) {
+    const int64_t mid = lo + (hi - lo) / 2;
+    if (path(mid) > at) {
+      hi = mid;
+    } else {
+      lo = mid + 1;
+    }
+  }
+  return lo;
+}
+// Work (an entry or a position counts one) of a segment.
+__device__ __forceinline__ int64_t segment_size(const Csr& m, int64_t segments) {
+  return (m.offsets[m.n] + m.n + segments - 1) / segments;
+}
+
+__global__ void plan_kernel(Csr m, int64_t segments, int64_t* cut) {
+  const int64_t s = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (s > segments) return;
+  const int64_t size = segment_size(m, segments), total = m.offsets[m.n] + m.n;
+  const int64_t at = s * size < total ? s * size : total;
+  // Position i begins at offsets[i] + i on the path.
+  const int64_t i = upper_bound(m.n + 1, at, [&](int64_t p) { return m.offsets[p] + p; }) - 1;
+  int64_t entry = m.offsets[i];
+  if (i < m.n && m.offsets[i + 1] - entry > size) entry += at - (m.offsets[i] + i);
+  cut[2 * s] = i;
+  cut[2 * s + 1] = entry;
+}
+
+// alpha * (add + row_scale * sum), for one element.
+template <class A>
+__device__ __forceinline__ A scale_row(const SpmmArgs& a, int64_t row, A sum) {
+  return a.row_scale ? static_cast<const A*>(a.row_scale)[row] * sum : sum;
+}
+__device__ __forceinline__ bool adds(const SpmmArgs& a, int64_t row) {
+  return a.add && (!a.add_mask || a.add_mask[row]);
+}
+
+// sum += the entries [j, end) of one row, four loads in flight.
+template <class T, int V>
+__device__ __forceinline__ void add_entries(const SpmmArgs& a, int64_t j, int64_t end, int64_t c, Acc<T> (&sum)[V]) {
+  using A = Acc<T>;
+  constexpr int kUnroll = 4;
+  const T* x = static_cast<const T*>(a.x) + c;
+  const A* value = static_cast<const A*>(a.value);
+  const A* col_scale = static_cast<const A*>(a.col_scale);
+  for (; j < end; j += kUnroll) {
+    Pack<T, V> row[kUnroll];
+    A w[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      w[u] = 0;
+      row[u] = zeros<V, T>();
+      if (j + u < end) {
+        const int64_t from = column(a.m, j + u);
+        if (!a.active || a.active[from]) {
+          row[u] = load<V>(x + from * a.d);
+          w[u] = (col_scale ? col_scale[from] : A(1)) * (value ? value[j + u] : A(1));
+        }
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) axpy(sum, w[u], row[u]);
+  }
+}
+
+template <class T, int V>
+__global__ void __launch_bounds__(kBlock) spmm_kernel(SpmmArgs a, int lanes) {
+  using A = Acc<T>;
+  const int64_t s = (static_cast<int64_t>(blockIdx.x) * kBlock + threadIdx.x) / lanes;
+  const int64_t c = (static_cast<int64_t>(blockIdx.y) * lanes + threadIdx.x % lanes) * V;
+  if (s >= a.segments || c >= a.d) return;
+  int64_t i = a.cut[2 * s], j = a.cut[2 * s + 1];
+  const int64_t end_i = a.cut[2 * s + 2], end_j = a.cut[2 * s + 3];
+  for (; i <= end_i; ++i) {
+    const int64_t start = a.m.offsets[i];
+    if (i == end_i && end_j == start) break;
+    const int64_t stop = i < end_i ? a.m.offsets[i + 1] : end_j;
+    const int64_t row = row_of(a.m, i);
+    const bool begun = j > start;  // by an earlier segment
+    if (!a.needed || a.needed[row]) {
+      A sum[V] = {};
+      const int64_t base = a.m.rows ? a.m.rowptr[row] - start : 0;
+      add_entries<T, V>(a, j + base, stop + base, c, sum);
+      if (begun || i == end_i) {
+        Pack<A, V> part;
+#pragma unroll
+        for (int v = 0; v < V; ++v) part.at[v] = sum[v];
+        *reinterpret_cast<Pack<A, V>*>(static_cast<A*>(a.partial) + (2 * s + (begun ? 0 : 1)) * a.d + c) = part;
+      } else {
+        const Pack<T, V> add = adds(a, row) ? load<V>(static_cast<const T*>(a.add) + row * a.d + c) : zeros<V, T>();
+#pragma unroll
+        for (int v = 0; v < V; ++v) sum[v] = static_cast<A>(a.alpha) * (widen(add.at[v]) + scale_row(a, row, sum[v]));
+        store(static_cast<T*>(a.out) + (a.compact ? i : row) * a.d + c, sum);
+      }
+    }
+    j = stop;
+  }
+}
+
+// One warp per segment: where a row that the plan cut begins in it, adds the row's pieces in the order of segments.
+template <class T>
+__global__ void __launch_bounds__(kBlock) combine_kernel(SpmmArgs a) {
+  using A = Acc<T>;
+  const int64_t s = (static_cast<int64_t>(blockIdx.x) * kBlock + threadIdx.x) / kWarp;
+  if (s >= a.segments) return;
+  const int64_t i = a.cut[2 * s + 2];
+  if (i >= a.m.n) return;
+  const int64_t start = a.m.offsets[i];
+  const bool cut_here = a.cut[2 * s + 3] > start, begins_here = a.cut[2 * s] < i || a.cut[2 * s + 1] == start;
+  if (!cut_here || !begins_here) return;
+  const int64_t row = row_of(a.m, i);
+  if (a.needed && !a.needed[row]) return;
+  // The last segment that begins inside the row.
+  const int64_t last = (a.m.offsets[i + 1] + i) / segment_size(a.m, a.segments);
+  const A* partial = static_cast<const A*>(a.partial);
+  for (int64_t c = threadIdx.x % kWarp; c < a.d; c += kWarp) {
+    A sum[4] = {partial[(2 * s + 1) * a.d + c], 0, 0, 0};
+    for (int64_t t = s + 1; t <= last; t += 4) {
+#pragma unroll
+      for (int u = 0; u < 4; ++u) {
+        if (t + u <= last) sum[u] += partial[2 * (t + u) * a.d + c];
+      }
+    }
+    const A all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    const A add = adds(a, row) ? widen(static_cast<const T*>(a.add)[row * a.d + c]) : A(0);
+    static_cast<T*>(a.out)[(a.compact ? i : row) * a.d + c] =
+        narrow<T>(static_cast<A>(a.alpha) * (add + scale_row(a, row, all)));
+  }
+}
+
+template <class T, int V>
+__global__ void __launch_bounds__(kBlock) sddmm_kernel(SddmmArgs a, int lanes) {
+  using A = Acc<T>;
+  const Group g(lanes);
+  const int64_t s = (static_cast<int64_t>(blockIdx.x) * kBlock + threadIdx.x) / lanes;
+  if (s >= a.segments) return;
+  const A* row_scale = static_cast<const A*>(a.row_scale);
+  const A* col_scale = static_cast<const A*>(a.col_scale);
+  int64_t i = a.cut[2 * s], j = a.cut[2 * s + 1];
+  const int64_t end_i = a.cut[2 * s + 2], end_j = a.cut[2 * s + 3];
+  for (; i <= end_i; ++i) {
+    if (i == end_i && end_j == a.m.offsets[i]) break;
+    const int64_t stop = i < end_i ? a.m.offsets[i + 1] : end_j;
+    const T* left = static_cast<const T*>(a.a) + i * a.d;
+    const A row = row_scale ? row_scale[i] : A(1);
+    for (; j < stop; ++j) {
+      const int64_t to = column(a.m, j);
+      const T* right = static_cast<const T*>(a.b) + to * a.d;
+      A sum = 0;
+      for (int64_t c = g.lane * V; c < a.d; c += g.size * V) sum += dot(load<V>(left + c), load<V>(right + c));
+      sum = group_sum(sum, g, g.mask);
+      if (g.lane == 0) static_cast<A*>(a.out)[j] = row * (col_scale ? col_scale[to] : A(1)) * sum;
+    }
+  }
+}
+
+__global__ void lengths_kernel(const int64_t* rowptr, const int64_t* rows, int64_t n, int64_t num_rows,
+                               int64_t* degrees) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i > n) return;
+  const int64_t r = i ? checked(rows[i - 1], num_rows) : 0;
+  degrees[i] = i ? rowptr[r + 1] - rowptr[r] : 0;
+}
+
+// A warp per row. All writers write the same, so their order does not matter.
+__global__ void mark_kernel(Csr m, bool own, bool neighbours, uint8_t* flags) {
+  const int64_t i = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kWarp;
+  if (i >= m.n) return;
+  const int64_t row = row_of(m, i);
+  if (own && threadIdx.x % kWarp == 0) flags[row] = 1;
+  if (!neighbours) return;
+  for (int64_t j = m.rowptr[row] + threadIdx.x % kWarp; j < m.rowptr[row + 1]; j += kWarp) flags[column(m, j)] = 1;
+}
+
+template <class I>
+__global__ void transpose_kernel(Csr m, const I* sorted, const int64_t* perm, int64_t* t_rowptr, I* t_col) {
+  const int64_t k = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (k <= m.num_cols) {  // how many entries lie in the columns before k
+    t_rowptr[k] = upper_bound(m.nnz, k - 1, [&](int64_t j) { return static_cast<int64_t>(sorted[j]); });
+  }
+  if (k < m.nnz) {
+    checked(sorted[k], m.num_cols);
+    t_col[k] = static_cast<I>(upper_bound(m.num_rows + 1, perm[k], [&](int64_t r) { return m.rowptr[r]; }) - 1);
+  }
+}
+
+template <class T>
+__global__ void gather_kernel(const T* x, const int64_t* rows, int64_t n, int64_t num_rows, int64_t d, T* out) {
+  const int64_t i = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kWarp;
+  if (i >= n) return;
+  const T* from = x + checked(rows[i], num_rows) * d;
+  for (int64_t c = threadIdx.x % kWarp; c < d; c += kWarp) out[i * d + c] = from[c];
+}
+
+}  // namespace
+
+void make_plan(const Csr& m, int64_t segments, int64_t* cut, void* stream) {
+  launch("plan", plan_kernel, Grid{ceil_div(segments + 1, kBlock), kBlock, stream}, m, segments, cut);
+}
+
+void spmm(const SpmmArgs& a, void* stream) {
+  if (a.m.n == 0 || a.d == 0) return;
+  dispatch(a.dtype, a.wide, [&](auto tag) {
+    using T = typename decltype(tag)::T;
+    constexpr int V = decltype(tag)::V;
+    const int lanes = lanes_for(a.dtype, a.wide, a.d);
+    launch("spmm", spmm_kernel<T, V>,
+           Grid{ceil_div(a.segments * lanes, kBlock), kBlock, stream, 0, ceil_div(a.d, int64_t{lanes} * V)}, a, lanes);
+  });
+  dispatch_type(a.dtype, [&](auto tag) {
+    launch("spmm combine", combine_kernel<typename decltype(tag)::T>,
+           Grid{ceil_div(a.segments * kWarp, kBlock), kBlock, stream}, a);
+  });
+}
+
+void sddmm(const SddmmArgs& a, void* stream) {
+  if (a.m.nnz == 0) return;
+  dispatch(a.dtype, a.wide, [&](auto tag) {
+    using T = typename decltype(tag)::T;
+    constexpr int V = decltype(tag)::V;
+    const int lanes = lanes_for(a.dtype, a.wide, a.d);
+    launch("sddmm", sddmm_kernel<T, V>, Grid{ceil_div(a.segments * lanes, kBlock), kBlock, stream}, a, lanes);
+  });
+}
+
+void row_lengths(const int64_t* rowptr, const int64_t* rows, int64_t n, int64_t num_rows, int64_t* degrees,
+                 void* stream) {
+  launch("row lengths", lengths_kernel, Grid{ceil_div(n + 1, kBlock), kBlock, stream}, rowptr, rows, n, num_rows,
+         degrees);
+}
+
+void mark(const Csr& m, bool own, bool neighbours, uint8_t* flags, void* stream) {
+  launch("mark", mark_kernel, Grid{ceil_div(m.n * kWarp, kBlock), kBlock, stream}, m, own, neighbours, flags);
+}
+
+void transpose(const Csr& m, const void* sorted, const int64_t* perm, int64_t* t_rowptr, void* t_col, void* stream) {
+  const int64_t work = m.nnz > m.num_cols + 1 ? m.nnz : m.num_cols + 1;
+  const Grid grid{ceil_div(work, kBlock), kBlock, stream};
+  if (m.col64) {
+    launch("transpose", transpose_kernel<int64_t>, grid, m, static_cast<const int64_t*>(sorted), perm, t_rowptr,
+           static_cast<int64_t*>(t_col));
+  } else {
+    launch("transpose", transpose_kernel<int32_t>, grid, m, static_cast<const int32_t*>(sorted), perm, t_rowptr,
+           static_cast<int32_t*>(t_col));
+  }
+}
+
+void gather_rows(DType dtype, const void* x, const int64_t* rows, int64_t n, int64_t num_rows, int64_t d, void* out,
+                 void* stream) {
+  dispatch_type(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::T;
+    launch("gather rows", gather_kernel<T>, Grid{ceil_div(n * kWarp, kBlock), kBlock, stream}, static_cast<const T*>(x),
+           rows, n, num_rows, d, static_cast<T*>(out));
+  });
+}
+
+}  // namespace mmkd::cuda

@@ -1,0 +1,76 @@
+// The namespace and the schema of every op, for all devices. Implementations register themselves beside their code.
+#include <string>
+
+#include "check.h"
+#include "cpu/isa.h"
+
+namespace mmkd {
+namespace {
+
+std::string cpu_isa() { return isa_name(isa()); }
+
+// "" goes back to the best one.
+std::string set_cpu_isa(std::string name) {
+  set_isa(name.c_str());
+  return isa_name(isa());
+}
+
+}  // namespace
+}  // namespace mmkd
+
+STABLE_TORCH_LIBRARY(mmkd, m) {
+  m.def("cpu_isa() -> str");
+  m.def("set_cpu_isa(str name) -> str");
+  m.def(
+      "spmm(Tensor rowptr, Tensor col, Tensor x, Tensor? value, Tensor? row_scale, Tensor? col_scale, "
+      "Tensor? t_rowptr, Tensor? t_col) -> Tensor");
+  m.def("sddmm(Tensor rowptr, Tensor col, Tensor a, Tensor b, Tensor? row_scale, Tensor? col_scale) -> Tensor");
+  m.def("csr_transpose(Tensor rowptr, Tensor col, int num_cols) -> (Tensor, Tensor, Tensor)");
+  m.def("propagate(Tensor rowptr, Tensor col, Tensor scale, Tensor x, int num_layers, Tensor? rows) -> Tensor");
+  m.def(
+      "propagate_backward(Tensor rowptr, Tensor col, Tensor scale, Tensor grad, int num_layers, Tensor? rows) -> "
+      "Tensor");
+  // Losses are scalars in the accumulator type. A gradient that is not needed comes back as an empty tensor.
+  m.def(
+      "bpr_kd(Tensor user_emb, Tensor item_emb, Tensor users, Tensor pos, Tensor neg, Tensor? teacher_margin, "
+      "float tau, bool bernoulli) -> (Tensor bpr, Tensor pair_kd, Tensor margin)");
+  m.def(
+      "bpr_kd_backward(Tensor grad_bpr, Tensor grad_pair, Tensor user_emb, Tensor item_emb, Tensor users, "
+      "Tensor pos, Tensor neg, Tensor margin, Tensor? teacher_margin, float tau, bool bernoulli, bool need_user, "
+      "bool need_item, bool need_teacher) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "bpr_kd_scores(Tensor margin, Tensor? teacher_margin, float tau, bool bernoulli) -> (Tensor bpr, Tensor "
+      "pair_kd)");
+  m.def(
+      "bpr_kd_scores_backward(Tensor grad_bpr, Tensor grad_pair, Tensor margin, Tensor? teacher_margin, float tau, "
+      "bool bernoulli, bool need_student, bool need_teacher) -> (Tensor, Tensor)");
+  m.def("list_scores(Tensor user_emb, Tensor item_emb, Tensor users, Tensor candidates) -> Tensor");
+  m.def(
+      "list_scores_backward(Tensor grad, Tensor user_emb, Tensor item_emb, Tensor users, Tensor candidates, "
+      "bool need_user, bool need_item) -> (Tensor, Tensor)");
+  m.def(
+      "list_kd(Tensor user_emb, Tensor item_emb, Tensor users, Tensor candidates, Tensor teacher_logits, Tensor "
+      "modality_weights, float alpha, float beta, float tau, bool coupled) -> (Tensor loss, Tensor logits)");
+  m.def(
+      "list_kd_backward(Tensor grad, Tensor user_emb, Tensor item_emb, Tensor users, Tensor candidates, Tensor "
+      "teacher_logits, Tensor modality_weights, Tensor logits, float alpha, float beta, float tau, bool coupled, "
+      "bool need_user, bool need_item, bool need_teacher) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "list_kd_scores(Tensor student_logits, Tensor teacher_logits, Tensor modality_weights, float alpha, float "
+      "beta, float tau, bool coupled) -> Tensor");
+  m.def(
+      "list_kd_scores_backward(Tensor grad, Tensor student_logits, Tensor teacher_logits, Tensor modality_weights, "
+      "float alpha, float beta, float tau, bool coupled, bool need_student, bool need_teacher) -> (Tensor, Tensor)");
+  m.def("emb_kd(Tensor student, Tensor teachers, float gamma) -> (Tensor loss, Tensor stats)");
+  m.def(
+      "emb_kd_backward(Tensor grad, Tensor student, Tensor teachers, Tensor stats, float gamma, bool need_student, "
+      "bool need_teachers) -> (Tensor, Tensor)");
+  m.def(
+      "topk(Tensor user_emb, Tensor item_emb, int k, Tensor? users, Tensor? rowptr, Tensor? col) -> (Tensor scores, "
+      "Tensor ids)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mmkd, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&mmkd::cpu_isa));
+  m.impl("set_cpu_isa", TORCH_BOX(&mmkd::set_cpu_isa));
+}

@@ -1,0 +1,142 @@
+"""The bipartite interaction graph: edges in, normalised CSR out (spec section 1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from torch import Tensor
+
+
+def _ids(values, name: str, bound: int) -> np.ndarray:
+    ids = np.asarray(values.cpu() if isinstance(values, Tensor) else values)
+    if ids.ndim != 1:
+        raise ValueError(f"{name}: expected a 1-d sequence of ids, got shape {ids.shape}")
+    if ids.size and not np.issubdtype(ids.dtype, np.integer):
+        raise TypeError(f"{name}: expected integer ids, got dtype {ids.dtype}; map ids first (mmkd.data.load does)")
+    bad = np.flatnonzero((ids < 0) | (ids >= bound))
+    if bad.size:
+        raise ValueError(f"{name}: entry {bad[0]} is {ids[bad[0]]}, expected [0, {bound})")
+    return ids.astype(np.int64, copy=False)
+
+
+def _csr(matrix: sp.csr_matrix) -> tuple[Tensor, Tensor]:
+    if matrix.shape[1] > np.iinfo(np.int32).max:
+        raise ValueError(f"graph: {matrix.shape[1]} columns exceed int32")
+    return torch.from_numpy(matrix.indptr.astype(np.int64)), torch.from_numpy(matrix.indices.astype(np.int32))
+
+
+@dataclass(frozen=True, eq=False)
+class BipartiteGraph:
+    """Observed interactions `R` (U x I, binary) and the adjacency `A = [[0, R], [R^T, 0]]` built from them.
+
+    Users are nodes `0..U-1`, items nodes `U..U+I-1`. `scale = D^-1/2`, 0 for a node without edges, so that
+    `Â_uv = scale_u * scale_v` and no values are stored.
+
+    Attributes:
+        rowptr, col: `A` as CSR, int64 `[N+1]`, int32 `[2*num_edges]`, columns ascending in each row.
+        user_rowptr, user_col: `R` as CSR; item_rowptr, item_col: `R^T` as CSR.
+        scale: float32 `[N]`.
+    """
+
+    num_users: int
+    num_items: int
+    rowptr: Tensor
+    col: Tensor
+    user_rowptr: Tensor
+    user_col: Tensor
+    item_rowptr: Tensor
+    item_col: Tensor
+    scale: Tensor
+    _cache: dict = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def from_edges(cls, users, items, num_users: int, num_items: int) -> BipartiteGraph:
+        """Builds the graph from two equally long sequences of ids; duplicate pairs are merged.
+
+        Raises ValueError for an id out of range or unequal lengths, TypeError for ids that are not integers.
+        """
+        u, i = _ids(users, "users", num_users), _ids(items, "items", num_items)
+        if u.size != i.size:
+            raise ValueError(f"users, items: expected equal lengths, got {u.size} and {i.size}")
+        ones = np.ones(u.size, dtype=np.float32)
+        return cls.from_scipy(sp.csr_matrix((ones, (u, i)), shape=(num_users, num_items)))
+
+    @classmethod
+    def from_scipy(cls, matrix: sp.spmatrix) -> BipartiteGraph:
+        """Builds the graph from a sparse `U x I` matrix; every stored entry is an edge, whatever its value."""
+        csr = sp.csr_matrix(matrix, copy=True)
+        csr.sum_duplicates()
+        csr.data = np.ones(csr.nnz, dtype=np.float32)
+        csr.sort_indices()
+        transposed = csr.T.tocsr()
+        transposed.sort_indices()
+        adjacency = sp.bmat([[None, csr], [transposed, None]], format="csr")
+        if adjacency.shape[0] != sum(csr.shape):
+            raise ValueError(f"matrix: expected at least one user and one item, got shape {csr.shape}")
+        adjacency.sort_indices()
+        degree = np.diff(adjacency.indptr).astype(np.float64)
+        with np.errstate(divide="ignore"):
+            scale = np.where(degree > 0, degree**-0.5, 0.0).astype(np.float32)
+        return cls(csr.shape[0], csr.shape[1], *_csr(adjacency), *_csr(csr), *_csr(transposed), torch.from_numpy(scale))
+
+    @property
+    def num_nodes(self) -> int:
+        return self.num_users + self.num_items
+
+    @property
+    def num_edges(self) -> int:
+        """Distinct (user, item) pairs."""
+        return self.user_col.numel()
+
+    @property
+    def degree(self) -> Tensor:
+        """Edges per node, int64 `[N]`."""
+        return self.rowptr.diff()
+
+    @property
+    def device(self) -> torch.device:
+        return self.rowptr.device
+
+    def scale_as(self, dtype: torch.dtype) -> Tensor:
+        """`D^-1/2` in the type sums are kept in for tables of `dtype`: float64 for float64, else float32."""
+        if dtype != torch.float64:
+            return self.scale
+        if "scale64" not in self._cache:
+            degree = self.degree.double()
+            self._cache["scale64"] = torch.where(degree > 0, degree.clamp(min=1).pow(-0.5), torch.zeros_like(degree))
+        return self._cache["scale64"]
+
+    def users_from_items(self, x: Tensor, impl: str = "auto") -> Tensor:
+        """`R̂ x`: `[I, d] -> [U, d]`, differentiable."""
+        return self._half(x, impl, user_side=True)
+
+    def items_from_users(self, x: Tensor, impl: str = "auto") -> Tensor:
+        """`R̂ᵀ x`: `[U, d] -> [I, d]`, differentiable."""
+        return self._half(x, impl, user_side=False)
+
+    def _half(self, x: Tensor, impl: str, user_side: bool) -> Tensor:
+        from mmkd.ops.spmm import spmm
+
+        scale = self.scale_as(x.dtype)
+        r, rt = (self.user_rowptr, self.user_col), (self.item_rowptr, self.item_col)
+        row, col = scale[: self.num_users], scale[self.num_users :]
+        if not user_side:
+            r, rt, row, col = rt, r, col, row
+        return spmm(*r, x, row_scale=row, col_scale=col, transpose=rt, impl=impl)
+
+    def to(self, device: torch.device | str) -> BipartiteGraph:
+        """The same graph with its tensors on `device`."""
+        tensors = (self.rowptr, self.col, self.user_rowptr, self.user_col, self.item_rowptr, self.item_col, self.scale)
+        return BipartiteGraph(self.num_users, self.num_items, *(t.to(device) for t in tensors))
+
+    def to_scipy(self) -> sp.csr_matrix:
+        """`R` as scipy CSR of float32 ones, `U x I`."""
+        col = self.user_col.cpu().numpy()
+        ones = np.ones(col.size, dtype=np.float32)
+        return sp.csr_matrix((ones, col, self.user_rowptr.cpu().numpy()), shape=(self.num_users, self.num_items))
+
+    def __repr__(self) -> str:
+        return f"BipartiteGraph({self.num_users} users, {self.num_items} items, {self.num_edges} edges, {self.device})"

@@ -1,0 +1,51 @@
+"""LightGCN: the student, and the undistilled baseline (spec section 2, He et al. 2020 Eq. 3, 4)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mmkd import ops
+from mmkd.graph import BipartiteGraph
+
+
+def initial_table(
+    rows: int, dim: int, kind: str, generator: torch.Generator | None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """A random ``[rows, dim]`` layer-0 table: ``"xavier"`` (uniform) or ``"normal"`` (standard deviation 0.1)."""
+    table = torch.empty(rows, dim, dtype=dtype)
+    if kind == "xavier":
+        return nn.init.xavier_uniform_(table, generator=generator)
+    if kind == "normal":
+        return nn.init.normal_(table, std=0.1, generator=generator)
+    raise ValueError(f"init: expected xavier or normal, got {kind!r}")
+
+
+class LightGCN(nn.Module):
+    """``E = 1/(L+1) sum_l A_hat^l E0`` over a table ``E0`` of users, then items.
+
+    Args:
+        graph: train interactions, ``N = U + I`` nodes.
+        table: ``E0``, ``[N, d]``; copied.
+        layers: ``L``.
+
+    Shape:
+        ``forward()`` gives ``[N, d]``; ``forward(rows)`` only those rows, ``[len(rows), d]``.
+    """
+
+    def __init__(self, graph: BipartiteGraph, table: Tensor, layers: int) -> None:
+        super().__init__()
+        if table.ndim != 2 or table.shape[0] != graph.num_nodes:
+            raise ValueError(f"table: expected [{graph.num_nodes}, d] (users, then items), got {tuple(table.shape)}")
+        self.graph = graph
+        self.layers = layers
+        self.table = nn.Parameter(table.detach().clone())
+
+    def forward(self, rows: Tensor | None = None) -> Tensor:
+        return ops.propagate(self.graph, self.table, self.layers, rows=rows)
+
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """Final embeddings of users ``[U, d]`` and items ``[I, d]``, without gradient."""
+        with torch.no_grad():
+            users, items = self().split([self.graph.num_users, self.graph.num_items])
+        return users, items

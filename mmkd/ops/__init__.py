@@ -1,0 +1,21 @@
+"""The ops: one door each. A door checks its arguments, picks an implementation and carries the gradient."""
+
+from mmkd.ops.bpr_kd import bpr_kd_from_scores, bpr_loss, bpr_pair_kd_loss, pair_kd_loss
+from mmkd.ops.emb_kd import emb_kd_loss
+from mmkd.ops.list_kd import list_kd_from_scores, list_kd_loss, list_scores
+from mmkd.ops.spmm import propagate, spmm
+from mmkd.ops.topk import topk
+
+__all__ = [
+    "bpr_kd_from_scores",
+    "bpr_loss",
+    "bpr_pair_kd_loss",
+    "emb_kd_loss",
+    "list_kd_from_scores",
+    "list_kd_loss",
+    "list_scores",
+    "pair_kd_loss",
+    "propagate",
+    "spmm",
+    "topk",
+]

@@ -1,0 +1,90 @@
+"""Embedding KD by scaled cosine error, all modalities in one pass over the student's rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mmkd import backends, reference
+from mmkd.ops._checks import accumulate_type, check_floating, check_rank, check_same_device, check_shape, dense
+from mmkd.ops._registry import namespace, on_register, refuse_second_derivative
+
+
+def emb_kd_loss(
+    student: Tensor, teachers: Tensor | Sequence[Tensor], *, gamma: float = 2.0, impl: str = "auto"
+) -> Tensor:
+    """Scaled cosine error between the student's rows and each modality's (paper, Eq. 11).
+
+        sum_m mean_i (1 - cos(e_i, f_i^m))^gamma
+
+    A zero row has cosine 0 and gradient 0.
+
+    Args:
+        student: `[n, d]`, float32, float64, bfloat16 or float16.
+        teachers: `[M, n, d]`, or M tensors `[n, d]` (these are stacked, one copy), the same dtype; get gradients if they
+            ask for them.
+        gamma: `>= 1`.
+        impl: `auto`, `reference`, `cpp`, `cuda` or `triton`.
+
+    Returns:
+        Scalar (float32; float64 for float64 rows); 0 where there are no rows.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape, dtype, range or device (named).
+    """
+    check_floating(student, "student")
+    check_rank(student, "student", 2)
+    if not gamma >= 1:
+        raise ValueError(f"gamma: expected >= 1, got {gamma}")
+    if not isinstance(teachers, Tensor):
+        for m, t in enumerate(teachers):
+            check_shape(t, f"teachers[{m}]", student.shape)
+        teachers = torch.stack(list(teachers)) if len(teachers) else student.new_empty(0, *student.shape)
+    if teachers.dim() == 2:
+        teachers = teachers.unsqueeze(0)
+    check_floating(teachers, "teachers", student.dtype)
+    check_shape(teachers, "teachers", (teachers.shape[0], *student.shape))
+    check_same_device(("student", student), ("teachers", teachers))
+    which = backends.resolve("emb_kd", student, impl)
+    if which == "reference":
+        if student.shape[0] == 0:
+            return student.to(accumulate_type(student.dtype)).sum()
+        return reference.emb_kd(student, teachers, gamma)
+    return namespace(which).emb_kd(dense(student), dense(teachers), float(gamma))[0]
+
+
+def _setup(ctx, inputs, output) -> None:
+    student, teachers, ctx.gamma = inputs
+    ctx.save_for_backward(student, teachers, output[1])
+
+
+def _backward(ops):
+    def backward(ctx, grad, _grad_stats):
+        need_student, need_teachers = ctx.needs_input_grad[:2]
+        grad_student, grad_teachers = ops.emb_kd_backward(
+            grad, *ctx.saved_tensors, ctx.gamma, need_student, need_teachers
+        )
+        return grad_student if need_student else None, grad_teachers if need_teachers else None, None
+
+    return backward
+
+
+@on_register
+def _register(ns: str, ops) -> None:
+    def fake(student, teachers, gamma):
+        acc = accumulate_type(student.dtype)
+        stats = student.new_empty(student.shape[0], 1 + 2 * teachers.shape[0], dtype=acc)
+        return student.new_empty((), dtype=acc), stats
+
+    def fake_backward(grad, student, teachers, stats, gamma, need_student, need_teachers):
+        return (
+            student.new_empty(student.shape if need_student else (0,)),
+            teachers.new_empty(teachers.shape if need_teachers else (0,)),
+        )
+
+    torch.library.register_fake(f"{ns}::emb_kd", fake)
+    torch.library.register_fake(f"{ns}::emb_kd_backward", fake_backward)
+    torch.library.register_autograd(f"{ns}::emb_kd", _backward(ops), setup_context=_setup)
+    refuse_second_derivative(f"{ns}::emb_kd_backward")

@@ -1,0 +1,170 @@
+"""Sparse-dense products and LightGCN propagation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mmkd import backends, reference
+from mmkd.graph import BipartiteGraph
+from mmkd.ops._checks import accumulate_type, check_floating, check_index, check_no_grad, check_rank, dense, vector
+from mmkd.ops._registry import namespace, on_register, refuse_second_derivative
+
+
+def spmm(
+    rowptr: Tensor,
+    col: Tensor,
+    x: Tensor,
+    value: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    col_scale: Tensor | None = None,
+    *,
+    transpose: tuple[Tensor, Tensor] | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Sparse times dense, `[n, d]`, differentiable in `x` and `value`.
+
+        out[r] = row_scale[r] * sum_{j = rowptr[r] .. rowptr[r+1]-1} value[j] * col_scale[col[j]] * x[col[j]]
+
+    With `row_scale = col_scale = D^-1/2` and no `value` this is one LightGCN layer, `Â x` (paper, Eq. 2).
+
+    Args:
+        rowptr: int64 `[n + 1]`. col: int32 or int64 `[nnz]`, each in `[0, len(x))`.
+        x: `[m, d]`, float32, float64, bfloat16 or float16; sums are kept in float32 (float64 for float64).
+        value: `[nnz]`, ones if not given. row_scale: `[n]`. col_scale: `[m]`; both are constants.
+        transpose: `(rowptr, col)` of the transposed pattern, columns ascending; saves the backward pass from building
+            it. Used only where there is no `value`.
+        impl: `auto`, `reference`, `cpp`, `cuda` or `triton`.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape, dtype or device (named). RuntimeError: `rowptr` is not
+            monotone or `col` is out of range; nothing of `x` has been read for that row.
+    """
+    check_index(rowptr, "rowptr", (torch.int64,))
+    check_index(col, "col", (torch.int32, torch.int64))
+    check_floating(x, "x")
+    check_rank(x, "x", 2)
+    acc = accumulate_type(x.dtype)
+    scales = []
+    for name, t, size in (("row_scale", row_scale, rowptr.numel() - 1), ("col_scale", col_scale, x.shape[0])):
+        check_no_grad(t, name)
+        scales.append(vector(t, name, size, acc))
+    value = vector(value, "value", col.numel(), acc)
+    which = backends.resolve("spmm", x, impl)
+    if which == "reference":
+        return reference.spmm(rowptr, col, x, value, *scales)
+    t_rowptr, t_col = transpose if transpose is not None and value is None else (None, None)
+    return namespace(which).spmm(dense(rowptr), dense(col), dense(x), value, *scales, t_rowptr, t_col)
+
+
+def propagate(
+    graph: BipartiteGraph, x: Tensor, num_layers: int, rows: Tensor | None = None, *, impl: str = "auto"
+) -> Tensor:
+    """LightGCN propagation with the mean over layers, `1/(L+1) * sum_{l=0..L} Â^l x` (paper, Eq. 2; spec section 2).
+
+    Args:
+        graph: gives `Â`; on the same device as `x`.
+        x: `[N, d]`, users first, then items; float32, float64, bfloat16 or float16.
+        num_layers: `L >= 0`.
+        rows: int64 `[n]`, nodes to return, in this order, repeats allowed. The last layer is then computed for them
+            only, the layer before for their neighbours only, and the backward pass starts from them only.
+        impl: `auto`, `reference`, `cpp`, `cuda` or `triton`.
+
+    Returns:
+        `[N, d]`, or `[n, d]` equal to `propagate(graph, x, L)[rows]`.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape, dtype or device (named).
+        RuntimeError: an entry of `rows` is out of range.
+    """
+    check_floating(x, "x")
+    check_rank(x, "x", 2)
+    if x.shape[0] != graph.num_nodes:
+        raise ValueError(f"x: expected {graph.num_nodes} rows (users + items of the graph), got shape {tuple(x.shape)}")
+    if graph.device != x.device:
+        raise ValueError(f"graph: expected on {x.device} like x, got {graph.device}; use graph.to(x.device)")
+    if num_layers < 0:
+        raise ValueError(f"num_layers: expected >= 0, got {num_layers}")
+    if rows is not None:
+        check_index(rows, "rows", (torch.int64,))
+        rows = dense(rows)
+    scale = graph.scale_as(x.dtype)
+    which = backends.resolve("propagate", x, impl)
+    if which == "reference":
+        return reference.propagate(graph.rowptr, graph.col, scale, x, num_layers, rows)
+    return namespace(which).propagate(graph.rowptr, graph.col, scale, dense(x), num_layers, rows)
+
+
+def _spmm_setup(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _spmm_backward(ops):
+    def backward(ctx, grad):
+        rowptr, col, x, value, row_scale, col_scale, t_rowptr, t_col = ctx.saved_tensors
+        grad, grad_x, grad_value = grad.contiguous(), None, None
+        if ctx.needs_input_grad[2]:
+            t_value = None
+            if t_rowptr is None:
+                t_rowptr, t_col, perm = ops.csr_transpose(rowptr, col, x.shape[0])
+                t_value = None if value is None else value[perm]
+            # (S_r A S_c)^T = S_c A^T S_r; the pattern alone says how to go back only where there are no values
+            back = (rowptr, col) if value is None else (None, None)
+            grad_x = ops.spmm(t_rowptr, t_col, grad, t_value, col_scale, row_scale, *back)
+        if ctx.needs_input_grad[3]:
+            grad_value = ops.sddmm(rowptr, col, grad, x, row_scale, col_scale)
+        return None, None, grad_x, grad_value, None, None, None, None
+
+    return backward
+
+
+def _propagate_setup(ctx, inputs, output) -> None:
+    rowptr, col, scale, _, ctx.num_layers, rows = inputs
+    ctx.save_for_backward(rowptr, col, scale, rows)
+
+
+def _propagate_backward(ops):
+    def backward(ctx, grad):
+        rowptr, col, scale, rows = ctx.saved_tensors
+        # Â is symmetric: the same operator, started from `rows` only where they are given.
+        out = ops.propagate_backward(rowptr, col, scale, grad.contiguous(), ctx.num_layers, rows)
+        return None, None, None, out, None, None
+
+    return backward
+
+
+def _propagate_twice(ops):
+    def backward(ctx, grad):
+        # propagate_backward is linear in its gradient, and its adjoint is propagation itself.
+        rowptr, col, scale, rows = ctx.saved_tensors
+        out = ops.propagate(rowptr, col, scale, grad.contiguous(), ctx.num_layers, rows)
+        return None, None, None, out, None, None
+
+    return backward
+
+
+@on_register
+def _register(ns: str, ops) -> None:
+    library = torch.library
+    library.register_fake(f"{ns}::spmm", lambda rowptr, col, x, *_: x.new_empty(rowptr.numel() - 1, x.shape[1]))
+    library.register_fake(
+        f"{ns}::sddmm", lambda rowptr, col, a, *_: a.new_empty(col.numel(), dtype=accumulate_type(a.dtype))
+    )
+    library.register_fake(
+        f"{ns}::csr_transpose",
+        lambda rowptr, col, n: (rowptr.new_empty(n + 1), torch.empty_like(col), rowptr.new_empty(col.numel())),
+    )
+    library.register_fake(
+        f"{ns}::propagate",
+        lambda rowptr, col, scale, x, num_layers, rows: x.new_empty(
+            x.shape[0] if rows is None else rows.numel(), x.shape[1]
+        ),
+    )
+    library.register_fake(
+        f"{ns}::propagate_backward",
+        lambda rowptr, col, scale, grad, num_layers, rows: grad.new_empty(rowptr.numel() - 1, grad.shape[1]),
+    )
+    library.register_autograd(f"{ns}::spmm", _spmm_backward(ops), setup_context=_spmm_setup)
+    library.register_autograd(f"{ns}::propagate", _propagate_backward(ops), setup_context=_propagate_setup)
+    refuse_second_derivative(f"{ns}::sddmm")
+    library.register_autograd(f"{ns}::propagate_backward", _propagate_twice(ops), setup_context=_propagate_setup)

@@ -1,0 +1,231 @@
+"""A student's tables with their ids, in the formats other systems read; written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+from zipfile import BadZipFile
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from mmkd.files import write_atomic, write_json
+from mmkd.serving.recommend import Recommender, load
+
+FORMATS = ("safetensors", "parquet", "faiss")
+MARK = "export.json"  # in every exported folder: what it is
+
+
+class ExportError(ValueError):
+    """An export that cannot be written or read; the message names the path and what to do."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tables:
+    """What an export holds: row r of a table belongs to entry r of its ids; the score is the inner product.
+
+    Attributes:
+        user_emb, item_emb: float32 `[U, d]`, `[I, d]`.
+        user_ids, item_ids: original ids, integers or text.
+        item_names: display text by position, or None.
+    """
+
+    user_emb: np.ndarray
+    item_emb: np.ndarray
+    user_ids: np.ndarray
+    item_ids: np.ndarray
+    item_names: np.ndarray | None = None
+
+
+def export(run_dir: str | Path | Recommender, to: Literal["safetensors", "parquet", "faiss"], path: str | Path) -> Path:
+    """Writes the student of a run, ids included, and returns where.
+
+    - `safetensors`: one file with `user_emb`, `item_emb` (float32) and `user_ids`, `item_ids`, `item_names`: int64, or for
+      text `NAME.utf8` (uint8, all texts one after the other) and `NAME.offsets` (int64 `[n + 1]`).
+    - `parquet`: a folder with `users.parquet` and `items.parquet`; columns `id`, `embedding` (fixed-size list of float32),
+      items also `name` where there are names.
+    - `faiss`: a folder with `items.faiss` (exact inner-product index; position r is `item_ids[r]`), `users.npy` (the
+      queries) and `ids.npz`.
+
+    A file or an earlier export at `path` is replaced.
+
+    Raises:
+        ExportError: an unknown format, or a folder at `path` that no export made. RunLoadError: the run cannot be read.
+        ImportError: the library of the format is missing; the message says what to install.
+    """
+    if to not in FORMATS:
+        raise ExportError(f"to: expected one of {', '.join(FORMATS)}, got {to!r}")
+    path = Path(path)
+    _check_target(path, folder=to != "safetensors")
+    writer = {"parquet": _write_parquet, "faiss": _write_faiss}.get(to)
+    if writer is not None:
+        _library(to)
+    tables = _tables(run_dir if isinstance(run_dir, Recommender) else load(run_dir))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if writer is None:
+        return write_atomic(path, lambda temporary: _write_safetensors(tables, temporary))
+    about = {"mmkd_export": 1, "to": to, "users": len(tables.user_ids), "items": len(tables.item_ids)}
+
+    def write(folder: Path) -> None:
+        writer(tables, folder)
+        write_json(folder / MARK, about)
+
+    return _replace_folder(path, write)
+
+
+def load_export(path: str | Path) -> Tables:
+    """Reads back what :func:`export` wrote, whichever format.
+
+    Raises:
+        ExportError: no export, or a damaged one. ImportError: the library of the format is missing.
+    """
+    path = Path(path)
+    try:
+        if path.is_file():
+            return _read_safetensors(path)
+        to = json.loads((path / MARK).read_text(encoding="utf-8"))["to"]
+        return {"parquet": _read_parquet, "faiss": _read_faiss}[to](path)
+    except ImportError:
+        raise
+    except (OSError, EOFError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, BadZipFile) as error:
+        raise ExportError(f"{path}: not a whole export of mmkd: {type(error).__name__}: {error}") from error
+
+
+def _tables(student: Recommender) -> Tables:
+    return Tables(
+        student.user_emb.float().cpu().contiguous().numpy(),
+        student.item_emb.float().cpu().contiguous().numpy(),
+        student.user_ids,
+        student.item_ids,
+        student.item_names,
+    )
+
+
+def _library(to: str):
+    try:
+        if to == "faiss":
+            import faiss
+
+            return faiss
+        import pyarrow.parquet
+
+        return pyarrow
+    except ImportError as error:
+        package = {"faiss": "faiss-cpu", "parquet": "pyarrow"}[to]
+        raise ImportError(f"export to {to} needs {package}: pip install {package} (or mmkd[serve])") from error
+
+
+def _check_target(path: Path, folder: bool) -> None:
+    if folder and path.is_file():
+        raise ExportError(f"path: {path} is a file, and this format is a folder; name another place")
+    if not folder and path.is_dir():
+        raise ExportError(f"path: {path} is a folder, and this format is one file; name a file in it")
+    if folder and path.is_dir() and any(path.iterdir()) and not (path / MARK).exists():
+        raise ExportError(f"path: {path} holds other files, which an export would replace; name another folder")
+
+
+def _replace_folder(path: Path, write: Callable[[Path], None]) -> Path:
+    temporary, old = (path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}") for _ in range(2))
+    temporary.mkdir()
+    try:
+        write(temporary)
+        for file in temporary.iterdir():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        if path.exists():
+            os.replace(path, old)
+        try:
+            os.replace(temporary, path)
+        except OSError:
+            if old.exists():
+                os.replace(old, path)
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+    return path
+
+
+def _write_safetensors(tables: Tables, path: Path) -> None:
+    tensors = {"user_emb": tables.user_emb, "item_emb": tables.item_emb}
+    for name in ("user_ids", "item_ids", "item_names"):
+        ids = getattr(tables, name)
+        if ids is not None:
+            tensors |= _text(name, ids) if ids.dtype.kind == "U" else {name: ids.astype(np.int64)}
+    save_file(tensors, path, metadata={"format": "mmkd_export", "version": "1", "score": "inner product"})
+
+
+def _text(name: str, values: np.ndarray) -> dict[str, np.ndarray]:
+    raw = [value.encode() for value in values.tolist()]
+    offsets = np.concatenate([[0], np.cumsum([len(value) for value in raw], dtype=np.int64)]).astype(np.int64)
+    return {f"{name}.utf8": np.frombuffer(b"".join(raw), dtype=np.uint8), f"{name}.offsets": offsets}
+
+
+def _read_safetensors(path: Path) -> Tables:
+    tensors = load_file(path)
+
+    def ids(name: str) -> np.ndarray:
+        if name in tensors:
+            return tensors[name]
+        raw, offsets = tensors[f"{name}.utf8"].tobytes(), tensors[f"{name}.offsets"].tolist()
+        return np.asarray([raw[a:b].decode() for a, b in pairwise(offsets)], dtype=str)
+
+    names = ids("item_names") if "item_names.offsets" in tensors else None
+    return Tables(tensors["user_emb"], tensors["item_emb"], ids("user_ids"), ids("item_ids"), names)
+
+
+def _write_parquet(tables: Tables, folder: Path) -> None:
+    arrow = _library("parquet")
+    for kind, ids, table, names in (
+        ("users", tables.user_ids, tables.user_emb, None),
+        ("items", tables.item_ids, tables.item_emb, tables.item_names),
+    ):
+        columns = {"id": arrow.array(ids.tolist() if ids.dtype.kind == "U" else ids)}
+        columns["embedding"] = arrow.FixedSizeListArray.from_arrays(arrow.array(table.reshape(-1)), table.shape[1])
+        if names is not None:
+            columns["name"] = arrow.array(names.tolist(), type=arrow.string())
+        arrow.parquet.write_table(arrow.table(columns), folder / f"{kind}.parquet")
+
+
+def _read_parquet(folder: Path) -> Tables:
+    arrow = _library("parquet")
+    users, items = (arrow.parquet.read_table(folder / f"{kind}.parquet") for kind in ("users", "items"))
+
+    def values(table, column: str) -> np.ndarray:
+        array = table[column].combine_chunks()
+        return np.asarray(array.to_pylist(), dtype=str) if arrow.types.is_string(array.type) else array.to_numpy()
+
+    def matrix(table) -> np.ndarray:
+        flat = table["embedding"].combine_chunks().flatten().to_numpy()
+        return flat.reshape(table.num_rows, table.schema.field("embedding").type.list_size)
+
+    names = values(items, "name") if "name" in items.column_names else None
+    return Tables(matrix(users), matrix(items), values(users, "id"), values(items, "id"), names)
+
+
+def _write_faiss(tables: Tables, folder: Path) -> None:
+    faiss = _library("faiss")
+    index = faiss.IndexFlatIP(tables.item_emb.shape[1])
+    index.add(tables.item_emb)
+    faiss.write_index(index, str(folder / "items.faiss"))
+    np.save(folder / "users.npy", tables.user_emb)
+    names = {} if tables.item_names is None else {"item_names": tables.item_names}
+    np.savez(folder / "ids.npz", user_ids=tables.user_ids, item_ids=tables.item_ids, **names)
+
+
+def _read_faiss(folder: Path) -> Tables:
+    faiss = _library("faiss")
+    index = faiss.read_index(str(folder / "items.faiss"))
+    users = np.load(folder / "users.npy", allow_pickle=False)
+    with np.load(folder / "ids.npz", allow_pickle=False) as file:
+        ids = dict(file)
+    items = index.reconstruct_n(0, index.ntotal)
+    return Tables(users, items, ids["user_ids"], ids["item_ids"], ids.get("item_names"))

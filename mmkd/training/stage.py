@@ -1,0 +1,227 @@
+"""The loop every stage shares: batches, optimizer, validation, early stopping, checkpoints, progress."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from mmkd.config import Config, StageConfig
+from mmkd.data import Dataset
+from mmkd.data.sampling import Sampler
+from mmkd.evaluation import evaluate
+from mmkd.training.checkpoint import load_checkpoint, restore_training, save_checkpoint, training_tensors
+from mmkd.training.run_folder import RunFolder
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message names stage, epoch, step and term. The last good checkpoint is kept."""
+
+
+@dataclass
+class NodeBatch:
+    """One batch as a step uses it: the nodes it touches, each once, and where its users and items are among them.
+
+    Attributes:
+        rows: int64 `[n]`, node ids, ascending: `num_users` users, then items.
+        users: int64 `[B]`, positions among the users of `rows`.
+        candidates: int64 `[B, K]`, positions among the items of `rows`; column 0 the observed item, 1 BPR's negative.
+        counts: `[n]`, how often each row stands in (user, observed, BPR's negative): the weights of the L2 term.
+    """
+
+    rows: Tensor
+    num_users: int
+    users: Tensor
+    candidates: Tensor
+    counts: Tensor
+
+    @property
+    def pos(self) -> Tensor:
+        return self.candidates[:, 0]
+
+    @property
+    def neg(self) -> Tensor:
+        return self.candidates[:, 1]
+
+
+def node_batch(users: Tensor, candidates: Tensor, num_users: int, extra: Tensor | None = None) -> NodeBatch:
+    """Maps global user and item ids to the compact table of the nodes involved; `extra` adds further node ids."""
+    batch, width = candidates.shape
+    ids = [users, (candidates + num_users).flatten()] + ([] if extra is None else [extra])
+    rows, where = torch.cat(ids).unique(return_inverse=True)
+    first_item = int(torch.searchsorted(rows, num_users))
+    local = where[batch : batch + batch * width].view(batch, width)
+    touched = torch.cat([where[:batch], local[:, :2].flatten()])
+    counts = torch.bincount(touched, minlength=rows.numel()).float()
+    return NodeBatch(rows, first_item, where[:batch], local - first_item, counts)
+
+
+def add_l2(table: nn.Parameter, batch: NodeBatch, weight: float) -> Tensor:
+    """The L2 term `weight * 1/2 sum ||row||^2 / B` over the batch's layer-0 rows; its gradient goes straight into the
+    rows of `table.grad`, so that no dense `[N, d]` gradient is made for it. Call after backward; returns the value."""
+    with torch.no_grad():
+        share = (weight / batch.users.numel()) * batch.counts.to(table.dtype)
+        rows = table[batch.rows]
+        if weight:
+            table.grad.index_add_(0, batch.rows, share[:, None] * rows)
+        return 0.5 * (share * rows.square().sum(1)).sum()
+
+
+class Task(Protocol):
+    """What a stage trains."""
+
+    name: str
+    model: nn.Module
+
+    def optimizer(self) -> torch.optim.Optimizer: ...
+
+    def step(self, epoch: int, step: int) -> dict[str, Tensor]:
+        """Computes the loss of one batch and its gradients; returns the terms of the loss, detached."""
+
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """What is evaluated: user and item embeddings."""
+
+
+@dataclass
+class StageResult:
+    """How a stage went."""
+
+    best_epoch: int
+    best_metric: float | None
+    epochs: int
+    seconds: float
+    stopped_early: bool = False
+    history: list[dict] = field(default_factory=list)
+
+
+def seeded(seed: int, epoch: int, step: int, tag: int = 0) -> torch.Generator:
+    """A generator that depends on the place in the run only, so that a resumed run draws the same numbers."""
+    mixed = seed
+    for word in (tag, epoch, step):
+        mixed = ((mixed ^ (word + 0x9E3779B97F4A7C15)) * 0xBF58476D1CE4E5B9) & (2**63 - 1)
+        mixed ^= mixed >> 29
+    return torch.Generator().manual_seed(mixed)
+
+
+class Stage:
+    """Trains a task until validation stops improving, or to the last epoch; the best weights are put back at the end."""
+
+    def __init__(
+        self, task: Task, settings: StageConfig, config: Config, dataset: Dataset, folder: RunFolder, steps: int
+    ):
+        self.task, self.settings, self.config = task, settings, config
+        self.dataset, self.folder, self.steps = dataset, folder, steps
+        self.validate = dataset.val is not None and dataset.val.nnz > 0
+        if not self.validate and config.evaluation.select == "best":
+            raise TrainingError(
+                f"data set {dataset.name!r} has no validation part to choose weights by; load it with a split that makes "
+                "one, or set evaluation.select=last"
+            )
+
+    def run(self) -> StageResult:
+        optimizer = self.task.optimizer()
+        state = {"epoch": 0, "best_epoch": 0, "best_metric": None, "bad": 0, "seconds": 0.0, "finished": False}
+        best: dict[str, Tensor] = {}
+        path = self.folder.checkpoint(self.task.name)
+        if path.exists():
+            tensors, state = load_checkpoint(path)
+            best = restore_training(tensors, self.task.model, optimizer, path)
+        if not state["finished"]:
+            best = self._epochs(optimizer, state, best)
+            save_checkpoint(path, training_tensors(self.task.model, optimizer, best), state)
+        self._load(best)
+        return StageResult(
+            state["best_epoch"],
+            state["best_metric"],
+            state["epoch"],
+            state["seconds"],
+            state["bad"] >= self.settings.patience,
+        )
+
+    def _epochs(self, optimizer, state: dict, best: dict[str, Tensor]) -> dict[str, Tensor]:
+        settings, path = self.settings, self.folder.checkpoint(self.task.name)
+        if self.validate and state["epoch"] == 0:
+            self._validate(state, best)  # where the stage starts from (a student: its teacher) is a candidate too
+        total, done = settings.epochs * self.steps, state["epoch"] * self.steps
+        with tqdm(total=total, initial=done, desc=self.task.name, unit="step", disable=not self.config.progress,
+                  mininterval=0.5, dynamic_ncols=True) as bar:  # fmt: skip
+            while state["epoch"] < settings.epochs and state["bad"] < settings.patience:
+                start = time.perf_counter()
+                losses = self._epoch(optimizer, state["epoch"], bar)
+                state["epoch"] += 1
+                line = {"stage": self.task.name, "epoch": state["epoch"], **losses}
+                last = state["epoch"] == settings.epochs
+                if self.validate and (state["epoch"] % settings.eval_every == 0 or last):
+                    line |= self._validate(state, best)
+                state["seconds"] += time.perf_counter() - start
+                self.folder.log(**line, seconds=round(state["seconds"], 3))
+                metric = "" if state["best_metric"] is None else f"{state['best_metric']:.4f}"
+                bar.set_postfix_str(f"loss {losses['loss']:.4f}, best {self.config.evaluation.metric} {metric}")
+                if state["epoch"] % self.config.checkpoint_every == 0:
+                    save_checkpoint(path, training_tensors(self.task.model, optimizer, best), state)
+        if not self.validate or self.config.evaluation.select == "last" or not best:
+            best = self._weights()
+            state["best_epoch"] = state["epoch"]
+        state["finished"] = True
+        return best
+
+    def _epoch(self, optimizer, epoch: int, bar) -> dict[str, float]:
+        sums: dict[str, Tensor] = {}
+        for step in range(self.steps):
+            optimizer.zero_grad(set_to_none=True)
+            terms = self.task.step(epoch, step)
+            if step % 16 == 0 or step == self.steps - 1:
+                self._check_finite(terms, epoch, step)
+            optimizer.step()
+            for name, value in terms.items():
+                sums[name] = sums[name] + value if name in sums else value.clone()
+            bar.update()
+        means = {name: float(value) / self.steps for name, value in sums.items()}
+        return {"loss": sum(means.values()), **means}
+
+    def _check_finite(self, terms: dict[str, Tensor], epoch: int, step: int) -> None:
+        for name, value in terms.items():
+            number = float(value)
+            if not math.isfinite(number):
+                raise TrainingError(
+                    f"stage {self.task.name}, epoch {epoch + 1}, step {step + 1}: the term '{name}' is {number}; the last "
+                    f"good checkpoint is kept in {self.folder.path / 'checkpoints'}. Lower the learning rate "
+                    f"({self.task.name}.lr={self.settings.lr:g}) or check the features"
+                )
+
+    def _validate(self, state: dict, best: dict[str, Tensor]) -> dict[str, float]:
+        metric = self.config.evaluation.metric
+        cutoffs = sorted({20, int(metric.partition("@")[2])})
+        values = evaluate(*self.task.tables(), self.dataset, "val", cutoffs)
+        if state["best_metric"] is None or values[metric] > state["best_metric"]:
+            state.update(best_metric=values[metric], best_epoch=state["epoch"], bad=0)
+            best.clear()
+            best.update(self._weights())
+        else:
+            state["bad"] += 1
+        return {f"val_{name}": values[name] for name in dict.fromkeys((metric, "recall@20", "ndcg@20"))}
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: p.detach().clone() for name, p in self.task.model.named_parameters()}
+
+    def _load(self, weights: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.task.model.named_parameters():
+                parameter.copy_(weights[name])
+
+
+def batches(dataset: Dataset, settings: StageConfig, negatives: int, seed: int) -> Sampler:
+    """The stage's sampler."""
+    return Sampler(dataset.train, negatives, settings.batch_size, seed)
+
+
+def to_tensors(batch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A sampled batch as users `[B]` and candidates `[B, K]` (observed item first)."""
+    users = torch.from_numpy(batch.users)
+    candidates = torch.cat([torch.from_numpy(batch.pos)[:, None], torch.from_numpy(batch.neg)], dim=1)
+    return users.to(device), candidates.to(device)

@@ -1,0 +1,47 @@
+"""Shared fixtures."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder with the development data sets (tiktok, citeulike-t), which are not this repository's to ship."""
+    for folder in (os.environ.get("MMKD_DATA"), Path(__file__).parents[1] / ".." / "shared" / "data"):
+        if folder and Path(folder).is_dir():
+            return Path(folder).resolve()
+    pytest.skip("development data not at hand: set MMKD_DATA or put it at ../shared/data")
+
+
+@pytest.fixture
+def poison_empty():
+    """Fresh `torch.empty` memory holds NaN (or the largest integer), so that a kernel that forgets to write is seen."""
+    before = torch.are_deterministic_algorithms_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before)
+    torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+@pytest.fixture(params=["generic", ""], ids=["generic", "best"])
+def cpu_isa(request):
+    """Runs the test with the portable kernels and with the best this processor has."""
+    torch.ops.mmkd.set_cpu_isa(request.param)
+    yield request.param
+    torch.ops.mmkd.set_cpu_isa("")
+
+
+@pytest.fixture
+def two_threads():
+    """Two threads, whatever the machine; the number before is restored."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)

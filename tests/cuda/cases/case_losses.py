@@ -1,0 +1,208 @@
+"""bpr_kd, list_kd, list_scores, emb_kd: the CUDA kernels' own source against the float64 reference."""
+
+from __future__ import annotations
+
+import pytest
+import simt
+import torch
+from budget import DTYPES, within
+
+from mmkd import losses, ops
+
+DIMS = [1, 7, 32, 64, 65, 128]
+
+
+def double(t):
+    return t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t
+
+
+def compare(fn, leaves, dtype, schedules, exact, seeds=(1, 2)):
+    """Values and gradients of fn(impl, *leaves): ours against the truth, within eager's error; bit-equal if `exact`."""
+
+    def run(impl, tensors):
+        for t in tensors:
+            t.grad = None
+        out = fn(impl, *tensors)
+        out = out if isinstance(out, tuple) else (out,)
+        total = sum((o * torch.linspace(0.5, 1.5, max(1, o.numel()), dtype=o.dtype).view_as(o)).sum() for o in out)
+        total.backward()
+        return [o.detach() for o in out] + [t.grad for t in tensors if t.requires_grad]
+
+    truth = run("reference", [double(t) for t in leaves])
+    eager = run("reference", [t.detach().clone().requires_grad_(t.requires_grad) for t in leaves])
+    results = schedules(lambda: run("cuda", leaves), seeds=seeds)
+    for mine in results:
+        for m, e, t in zip(mine, eager, truth, strict=True):
+            assert m.dtype == e.dtype
+            within(m, e, t, dtype)
+    if exact:
+        assert all(torch.equal(a, b) for r in results[1:] for a, b in zip(results[0], r, strict=True))
+    return results[0]
+
+
+def tables(d, dtype, users=9, items=13, grads=(True, True)):
+    g = torch.Generator().manual_seed(d)
+    made = [torch.randn(n, d, generator=g, dtype=torch.float64) * d**-0.25 for n in (users, items)]
+    return [t.to(dtype).requires_grad_(need) for t, need in zip(made, grads, strict=True)]
+
+
+def accumulator(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d", DIMS)
+@pytest.mark.parametrize("kind", ["bernoulli", "positive"])
+def case_bpr_pair_kd(dtype, d, kind, schedules, deterministic):
+    batch = 21
+    users = torch.randint(0, 9, (batch,))
+    pos, neg = torch.randint(0, 13, (batch,)), torch.randint(0, 13, (batch,))
+    teacher = torch.randn(batch, dtype=accumulator(dtype), requires_grad=True)
+    leaves = [*tables(d, dtype), teacher]
+    compare(
+        lambda impl, u, i, t: ops.bpr_pair_kd_loss(u, i, users, pos, neg, t, tau=2.0, kind=kind, impl=impl),
+        leaves, dtype, schedules, deterministic,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("grads", [(True, False, False), (False, True, False), (False, False, True)], ids=str)
+def case_bpr_each_gradient_alone(grads, schedules, deterministic):
+    users, pos, neg = torch.randint(0, 9, (40,)), torch.randint(0, 13, (40,)), torch.zeros(40, dtype=torch.int64)
+    leaves = [*tables(64, torch.float32, grads=grads[:2]), torch.randn(40, requires_grad=grads[2])]
+    compare(
+        lambda impl, u, i, t: ops.bpr_pair_kd_loss(u, i, users, pos, neg, t, impl=impl),
+        leaves, torch.float32, schedules, deterministic,
+    )  # fmt: skip
+
+
+def case_bpr_without_teacher_and_large_batches(schedules):
+    users, pos, neg = torch.randint(0, 9, (5000,)), torch.randint(0, 13, (5000,)), torch.randint(0, 13, (5000,))
+    compare(
+        lambda impl, u, i: ops.bpr_loss(u, i, users, pos, neg, impl=impl),
+        tables(4, torch.float32), torch.float32, schedules, False, seeds=(1,),
+    )  # fmt: skip
+
+
+def case_bpr_extreme_margins(schedules):
+    margin = torch.tensor([1e4, -1e4, 0.0, 3.0], requires_grad=True)
+    teacher = torch.tensor([-1e4, 1e4, 1e4, -3.0], requires_grad=True)
+    compare(
+        lambda impl, m, t: ops.bpr_kd_from_scores(m, t, impl=impl), [margin, teacher], torch.float32, schedules, True
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d", DIMS)
+@pytest.mark.parametrize("k", [2, 11])
+def case_list_kd(dtype, d, k, schedules, deterministic):
+    batch, modalities = 10, 2
+    users, candidates = torch.randint(0, 9, (batch,)), torch.randint(0, 13, (batch, k))
+    teacher = torch.randn(modalities, batch, k, dtype=accumulator(dtype), requires_grad=True)
+    weights = torch.tensor([0.25, 0.75], dtype=accumulator(dtype))
+    leaves = [*tables(d, dtype), teacher]
+
+    def loss(impl, u, i, t):
+        return ops.list_kd_loss(
+            u, i, users, candidates, t, alpha=0.7, beta=1.3, tau=2.0, weight="coupled" if d % 2 else "decoupled",
+            modality_weights=weights, impl=impl,
+        )  # fmt: skip
+
+    compare(loss, leaves, dtype, schedules, deterministic)
+
+
+@pytest.mark.parametrize("k", [33, 100, 3000], ids=lambda k: f"K={k}")
+def case_list_kd_of_long_lists(k, schedules, deterministic):
+    """More candidates than lanes, and (3000) more than fit in shared memory."""
+    users, candidates = torch.randint(0, 9, (5,)), torch.randint(0, 13, (5, k))
+    teacher = torch.randn(5, k, requires_grad=True)
+    compare(
+        lambda impl, u, i, t: ops.list_kd_loss(u, i, users, candidates, t, impl=impl),
+        [*tables(8, torch.float32), teacher], torch.float32, schedules, deterministic, seeds=(1, 2) if k < 3000 else (1,),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("grads", [(True, False, False), (False, True, False), (False, False, True)], ids=str)
+def case_list_kd_each_gradient_alone(grads, schedules, deterministic):
+    users, candidates = torch.randint(0, 9, (6,)), torch.randint(0, 13, (6, 5))
+    leaves = [*tables(64, torch.float32, grads=grads[:2]), torch.randn(6, 5, requires_grad=grads[2])]
+    compare(
+        lambda impl, u, i, t: ops.list_kd_loss(u, i, users, candidates, t, impl=impl),
+        leaves, torch.float32, schedules, deterministic,
+    )  # fmt: skip
+
+
+def case_list_kd_extreme_logits(schedules):
+    student = torch.tensor([[1e4, -1e4, 0.0], [-1e4, 1e4, 1e4], [0.0, 0.0, -1e4]], requires_grad=True)
+    teacher = torch.tensor([[-1e4, 1e4, 0.0], [1e4, -1e4, 1e4], [5.0, 0.0, 1e4]], requires_grad=True)
+    compare(
+        lambda impl, s, t: ops.list_kd_from_scores(s, t, impl=impl), [student, teacher], torch.float32, schedules, True
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d", [7, 64])
+def case_list_scores(dtype, d, schedules, deterministic):
+    users, candidates = torch.randint(0, 9, (6,)), torch.randint(0, 13, (6, 11))
+    compare(
+        lambda impl, u, i: ops.list_scores(u, i, users, candidates, impl=impl),
+        tables(d, dtype), dtype, schedules, deterministic,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d", [d for d in DIMS if d > 1])  # at d = 1 every cosine is +-1 and the gradient is rounding
+@pytest.mark.parametrize("gamma", [1.0, 2.0, 2.5])
+def case_emb_kd(dtype, d, gamma, schedules):
+    n, modalities = 19, 2
+    student = torch.randn(n, d, dtype=torch.float64).to(dtype)
+    teachers = torch.randn(modalities, n, d, dtype=torch.float64).to(dtype)
+    student[3] = 0
+    teachers[1, 5] = 0
+    teachers[0, 7] = student[7]
+    if gamma == 1.0:  # cos = +-1 to rounding: the slope's sign at the clamp is rounding's too
+        student, teachers = student.abs() + 1, -teachers.abs() - 1
+    compare(
+        lambda impl, s, t: ops.emb_kd_loss(s, t, gamma=gamma, impl=impl),
+        [student.requires_grad_(), teachers.requires_grad_()], dtype, schedules, True,
+    )  # fmt: skip
+
+
+def case_empty_batches(deterministic):
+    u, i = tables(8, torch.float32)
+    none, no_lists = torch.empty(0, dtype=torch.int64), torch.empty(0, 4, dtype=torch.int64)
+    out = [
+        ops.bpr_loss(u, i, none, none, none),
+        ops.list_kd_loss(u, i, none, no_lists, torch.empty(2, 0, 4)),
+        ops.list_scores(u, i, none, no_lists).sum(),
+        ops.emb_kd_loss(u[:0], i[:0]),
+    ]
+    sum(out).backward()
+    assert [o.item() for o in out] == [0, 0, 0, 0]
+    assert not u.grad.any() and not i.grad.any()
+
+
+def case_modules_and_gradcheck(deterministic):
+    x, t = (torch.randn(5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    torch.autograd.gradcheck(losses.PairKDLoss(tau=2.0), (x, t))
+    s, z = (torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    torch.autograd.gradcheck(losses.ListKDLoss(), (s, z))
+    e, f = (torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    torch.autograd.gradcheck(losses.EmbKDLoss(), (e, f))
+    u, i = tables(3, torch.float64)
+    users, lists = torch.tensor([0, 1, 1]), torch.tensor([[0, 1], [2, 2], [1, 0]])
+    torch.autograd.gradcheck(lambda a, b: ops.list_kd_loss(a, b, users, lists, z[:, :2]), (u, i))
+    torch.autograd.gradcheck(lambda a, b: ops.bpr_loss(a, b, users, lists[:, 0], lists[:, 1]), (u, i))
+
+
+@pytest.mark.parametrize("bad", [-1, 13])
+def case_out_of_range_stops_the_kernel(bad):
+    u, i = tables(64, torch.float32)
+    users, items = torch.tensor([0, 1]), torch.tensor([0, bad])
+    with pytest.raises(RuntimeError, match="a check in the kernel failed"):
+        ops.bpr_loss(u, i, users, items, items)
+    with pytest.raises(RuntimeError, match="a check in the kernel failed"):
+        ops.list_scores(u, i, users, items[:, None])
+
+
+def case_the_flag_of_torch_is_read(deterministic):
+    assert simt.ops.deterministic() == deterministic

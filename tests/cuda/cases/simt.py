@@ -1,0 +1,40 @@
+"""Loads the executor's library as `torch.ops.mmkd_simt`: the CUDA entries and kernels, run on CPU tensors."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from contextlib import contextmanager
+
+import torch
+
+from mmkd import backends
+from mmkd.ops import _registry
+
+_library = torch.library.Library("mmkd_simt", "DEF")
+for schema in torch._C._jit_get_all_schemas():
+    if schema.name.startswith("mmkd::") and "cpu_isa" not in schema.name:
+        _library.define(str(schema).removeprefix("mmkd::"))
+torch.ops.load_library(os.environ["MMKD_SIMT_LIBRARY"])
+ops = torch.ops.mmkd_simt
+
+
+@contextmanager
+def doors():
+    """The doors of `mmkd.ops` take CPU tensors to the CUDA entries."""
+    names = ("bpr_kd", "emb_kd", "list_kd", "spmm", "topk")
+    modules = [importlib.import_module(f"mmkd.ops.{name}") for name in names]
+    before = backends.resolve
+    for module in modules:
+        module.namespace = lambda which: ops
+    backends.resolve = lambda op, x, impl="auto": before(op, x, impl) if impl in ("reference", "cpp") else "cuda"
+    try:
+        yield
+    finally:
+        backends.resolve = before
+        for module in modules:
+            module.namespace = _registry.namespace
+
+
+for register in _registry._registrations:
+    register("mmkd_simt", ops)

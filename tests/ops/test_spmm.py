@@ -1,0 +1,294 @@
+"""spmm and propagate: the grid of design section 6, malformed input, and bit-equality for any number of threads."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmkd import BipartiteGraph, ops, reference
+from tests.ops.grid import DIMS, DTYPES, within_budget
+
+
+def make_graph(num_users=30, num_items=17, num_edges=150, seed=0) -> BipartiteGraph:
+    rng = np.random.default_rng(seed)
+    # one user and one item more than are drawn, so that both sides have an isolated node
+    return BipartiteGraph.from_edges(
+        rng.integers(0, num_users, num_edges), rng.integers(0, num_items, num_edges), num_users + 1, num_items + 1
+    )
+
+
+def random_csr(num_rows, num_cols, density=0.2, seed=0, index=torch.int32):
+    m = sp.random(num_rows, num_cols, density, format="csr", random_state=seed)
+    m.sort_indices()
+    return torch.from_numpy(m.indptr.astype(np.int64)), torch.from_numpy(m.indices).to(index), torch.from_numpy(m.data)
+
+
+def dense_of(rowptr, col, value, shape):
+    rows = torch.repeat_interleave(torch.arange(shape[0]), rowptr.diff())
+    out = torch.zeros(shape, dtype=torch.float64)
+    return out.index_put((rows, col.long()), value.double(), accumulate=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d", DIMS)
+@pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
+def test_spmm_grid(d, dtype, index, cpu_isa, poison_empty):
+    rowptr, col, value = random_csr(23, 31, index=index)
+    torch.manual_seed(d)
+    x = torch.randn(31, d).to(dtype)
+    row_scale, col_scale = torch.rand(23) + 0.5, torch.rand(31) + 0.5
+    for v, r, c in (
+        (value, row_scale, col_scale),
+        (None, row_scale, col_scale),
+        (value, None, None),
+        (None, None, None),
+    ):
+        scaled = dense_of(rowptr, col, torch.ones_like(value) if v is None else v.float(), (23, 31))
+        if r is not None:
+            scaled = row_scale.double()[:, None] * scaled * col_scale.double()
+        truth = scaled @ x.double()
+        ours = ops.spmm(rowptr, col, x, v if v is None else v.to(torch.float32), r, c)
+        eager = reference.spmm(rowptr, col, x, v if v is None else v.float(), r, c)
+        assert ours.dtype == dtype
+        within_budget(ours, eager, truth, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d", DIMS)
+@pytest.mark.parametrize("num_layers", [0, 1, 2, 3])
+def test_propagate_grid(d, dtype, num_layers, cpu_isa, poison_empty):
+    g = make_graph()
+    torch.manual_seed(d)
+    x = torch.randn(g.num_nodes, d).to(dtype)
+    repeated = torch.tensor([0, 5, 5, g.num_nodes - 1, 33, 0])
+    for rows in (None, repeated, torch.empty(0, dtype=torch.int64)):
+        wide, own, plain = (t.clone().requires_grad_() for t in (x.double(), x, x))
+        truth = ops.propagate(g, wide, num_layers, rows, impl="reference")
+        ours = ops.propagate(g, own, num_layers, rows)
+        eager = ops.propagate(g, plain, num_layers, rows, impl="reference")
+        within_budget(ours, eager, truth, dtype)
+        weight = torch.randn(truth.shape).to(dtype)
+        for out, w in ((truth, weight.double()), (ours, weight), (eager, weight)):
+            out.backward(w)
+        within_budget(own.grad, plain.grad, wide.grad, dtype)
+
+
+def test_rows_equal_full_and_isolated_nodes_keep_their_share():
+    g = make_graph()
+    x = torch.randn(g.num_nodes, 16, dtype=torch.float64)
+    rows = torch.arange(g.num_nodes).flip(0)
+    full = ops.propagate(g, x, 3)
+    torch.testing.assert_close(ops.propagate(g, x, 3, rows), full[rows], atol=1e-14, rtol=0)
+    lonely = (g.degree == 0).nonzero()[:, 0]
+    assert lonely.numel() >= 2
+    torch.testing.assert_close(full[lonely], x[lonely] / 4)
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 3])
+def test_a_hub_longer_than_a_compaction_block(num_layers):
+    # an item every one of 900 users has: its row is longer than the block the backward pass compacts into
+    users = np.arange(900)
+    g = BipartiteGraph.from_edges(np.r_[users, users], np.r_[np.zeros(900, int), 1 + users % 50], 900, 51)
+    rows = torch.tensor([3, 4, 900, 905])
+    for d in (7, 64, 70):
+        x = torch.randn(g.num_nodes, d, dtype=torch.float64)
+        a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+        w = torch.randn(4, d, dtype=torch.float64)
+        ops.propagate(g, a, num_layers, rows).backward(w)
+        ops.propagate(g, b, num_layers, rows, impl="reference").backward(w)
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-12, rtol=0)
+
+
+def test_inputs_that_are_not_contiguous_or_are_expanded():
+    g = make_graph()
+    base = torch.randn(8, g.num_nodes)
+    torch.testing.assert_close(ops.propagate(g, base.T, 2), ops.propagate(g, base.T.contiguous(), 2))
+    x = torch.randn(1, 8).expand(g.num_nodes, 8)
+    torch.testing.assert_close(ops.propagate(g, x, 2), ops.propagate(g, x.clone(), 2))
+    rows = torch.arange(10)[::2]
+    torch.testing.assert_close(ops.propagate(g, x, 2, rows), ops.propagate(g, x, 2)[rows])
+
+
+def test_inputs_are_never_written():
+    g = make_graph()
+    x = torch.randn(g.num_nodes, 16, requires_grad=True)
+    before = x.detach().clone()
+    grad = torch.ones(3, 16)
+    ops.propagate(g, x, 2, torch.tensor([1, 1, 40])).backward(grad)
+    assert torch.equal(x, before) and torch.equal(grad, torch.ones(3, 16))
+
+
+def test_empty_tables():
+    rowptr, col = torch.zeros(1, dtype=torch.int64), torch.empty(0, dtype=torch.int32)
+    assert ops.spmm(rowptr, col, torch.randn(5, 4)).shape == (0, 4)
+    assert ops.spmm(torch.zeros(4, dtype=torch.int64), col, torch.empty(0, 4)).eq(0).all()
+    assert ops.spmm(torch.zeros(4, dtype=torch.int64), col, torch.empty(3, 0)).shape == (3, 0)
+
+
+def test_gradcheck_of_each_argument():
+    rowptr, col, value = random_csr(6, 5, 0.5)
+    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    value = value.double().requires_grad_()
+    row, column = torch.rand(6, dtype=torch.float64), torch.rand(5, dtype=torch.float64)
+    check = torch.autograd.gradcheck
+    assert check(lambda x, v: ops.spmm(rowptr, col, x, v, row, column), (x, value))
+    assert check(lambda x: ops.spmm(rowptr, col, x, None, row, column), (x,))
+    assert check(lambda v: ops.spmm(rowptr, col, x.detach(), v), (value,))
+    g = make_graph(5, 4, 12)
+    x = torch.randn(g.num_nodes, 3, dtype=torch.float64, requires_grad=True)
+    rows = torch.tensor([2, 2, 7, 0])
+    for num_layers in (0, 1, 2, 3):
+        assert check(lambda x, n=num_layers: ops.propagate(g, x, n), (x,))
+        assert check(lambda x, n=num_layers: ops.propagate(g, x, n, rows), (x,))
+
+
+def test_second_derivatives():
+    g = make_graph(5, 4, 12)
+    x = torch.randn(g.num_nodes, 3, dtype=torch.float64, requires_grad=True)
+    rows = torch.tensor([2, 2, 7, 0])
+    for r in (None, rows):
+        assert torch.autograd.gradgradcheck(lambda x, r=r: ops.propagate(g, x, 2, r).square(), (x,))
+    rowptr, col, value = random_csr(6, 5, 0.5)
+    assert torch.autograd.gradgradcheck(lambda x: ops.spmm(rowptr, col, x, value.double()).square(), (x[:5],))
+    value = value.double().requires_grad_()
+    (grad,) = torch.autograd.grad(ops.spmm(rowptr, col, x[:5], value).square().sum(), value, create_graph=True)
+    with pytest.raises(RuntimeError, match="sddmm: second derivatives are not supported"):
+        grad.sum().backward()
+
+
+def test_halves_of_the_normalised_adjacency_are_each_others_transpose():
+    g = make_graph()
+    f = torch.randn(g.num_items, 5, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(g.num_users, 5, dtype=torch.float64)
+    dense = g.scale_as(torch.float64)[: g.num_users, None] * torch.from_numpy(g.to_scipy().toarray()).double()
+    dense = dense * g.scale_as(torch.float64)[g.num_users :]
+    torch.testing.assert_close(g.users_from_items(f), dense @ f)
+    torch.testing.assert_close(g.items_from_users(x), dense.T @ x)
+    g.users_from_items(f).backward(x)
+    torch.testing.assert_close(f.grad, dense.T @ x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bit_equal_for_any_number_of_threads(dtype):
+    g = make_graph(3000, 800, 20_000)
+    x = torch.randn(g.num_nodes, 64).to(dtype)
+    rows = torch.randint(0, g.num_nodes, (500,))
+    before, seen = torch.get_num_threads(), []
+    for threads in (1, 2, 2):
+        torch.set_num_threads(threads)
+        leaf = x.clone().requires_grad_()
+        out = ops.propagate(g, leaf, 3, rows)
+        out.backward(torch.ones_like(out))
+        seen.append((ops.propagate(g, x, 3), out.detach(), leaf.grad))
+    torch.set_num_threads(before)
+    for other in seen[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(seen[0], other, strict=True))
+
+
+def test_opcheck():
+    rowptr, col, value = random_csr(6, 5, 0.5)
+    x = torch.randn(5, 3, requires_grad=True)
+    v, scale = value.float().requires_grad_(), torch.rand(6)
+    torch.library.opcheck(torch.ops.mmkd.spmm.default, (rowptr, col, x, v, scale, None, None, None))
+    torch.library.opcheck(torch.ops.mmkd.csr_transpose.default, (rowptr, col, 5))
+    g = make_graph(5, 4, 12)
+    x = torch.randn(g.num_nodes, 3, requires_grad=True)
+    for rows in (None, torch.tensor([1, 2])):
+        torch.library.opcheck(torch.ops.mmkd.propagate.default, (g.rowptr, g.col, g.scale, x, 2, rows))
+
+
+def test_compiles_without_a_graph_break():
+    g = make_graph()
+    rows = torch.tensor([1, 5, 40])
+
+    def step(x):
+        return ops.propagate(g, x, 2, rows).square().sum() + g.users_from_items(x[g.num_users :]).sum()
+
+    x = torch.randn(g.num_nodes, 8, requires_grad=True)
+    y = x.detach().clone().requires_grad_()
+    torch.compile(step, fullgraph=True, backend="aot_eager")(x).backward()
+    step(y).backward()
+    torch.testing.assert_close(x.grad, y.grad)
+
+
+def test_autocast_leaves_the_dtype_of_the_table():
+    g = make_graph()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert ops.propagate(g, torch.randn(g.num_nodes, 8), 2).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("rowptr", "col", "message"),
+    [
+        ([0, 3, 2, 4], [0, 1, 2, 3], "row 1 spans"),
+        ([0, 1, 2, 4], [0, 1, 2, 9], "is 9, expected"),
+        ([0, 1, 2, 4], [0, 1, 2, -1], "is -1, expected"),
+        ([1, 1, 2, 4], [0, 1, 2, 3], "start at 0"),
+        ([0, 1, 2, 3], [0, 1, 2, 3], "end at len"),
+        ([0, 9, 2, 4], [0, 1, 2, 3], "spans"),
+        ([0, -7, 2, 4], [0, 1, 2, 3], "spans"),
+    ],
+)
+@pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
+def test_malformed_csr_is_refused(rowptr, col, message, index):
+    rowptr, col = torch.tensor(rowptr), torch.tensor(col, dtype=index)
+    with pytest.raises(RuntimeError, match=message):
+        ops.spmm(rowptr, col, torch.randn(5, 64))
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.mmkd.csr_transpose(rowptr, col, 5)
+
+
+def test_an_int32_column_is_not_fooled_by_wrapping():
+    col = torch.tensor([2**31 + 1])  # as int32 this would be negative, as an offset far away
+    with pytest.raises(RuntimeError, match="expected"):
+        ops.spmm(torch.tensor([0, 1]), col, torch.randn(5, 8))
+
+
+def test_errors_name_the_argument():
+    g = make_graph()
+    x = torch.randn(g.num_nodes, 4)
+    rowptr, col = g.rowptr, g.col
+    cases = [
+        (TypeError, "x: expected", lambda: ops.propagate(g, x.long(), 2)),
+        (ValueError, "x: expected 49 rows", lambda: ops.propagate(g, x[:5], 2)),
+        (ValueError, "num_layers", lambda: ops.propagate(g, x, -1)),
+        (TypeError, "rows: expected", lambda: ops.propagate(g, x, 1, torch.tensor([1.0]))),
+        (RuntimeError, "rows: entry 1 is 99", lambda: ops.propagate(g, x, 1, torch.tensor([1, 99]))),
+        (ValueError, "impl: expected one of", lambda: ops.propagate(g, x, 1, impl="numba")),
+        (ValueError, "the CUDA kernels take CUDA tensors", lambda: ops.propagate(g, x, 1, impl="cuda")),
+        (TypeError, "rowptr: expected", lambda: ops.spmm(rowptr.int(), col, x)),
+        (TypeError, "col: expected", lambda: ops.spmm(rowptr, col.float(), x)),
+        (ValueError, "row_scale: expected shape", lambda: ops.spmm(rowptr, col, x, row_scale=torch.ones(3))),
+        (ValueError, "value: expected shape", lambda: ops.spmm(rowptr, col, x, torch.ones(3))),
+        (ValueError, "col_scale: is a constant", lambda: ops.spmm(rowptr, col, x, col_scale=torch.ones(49, requires_grad=True))),
+    ]  # fmt: skip
+    for kind, message, call in cases:
+        with pytest.raises(kind, match=message):
+            call()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 200), st.integers(1, 20), st.integers(0, 2**31 - 1))
+def test_random_matrices_against_scipy(num_rows, num_cols, nnz, d, seed):
+    rng = np.random.default_rng(seed)
+    rows = np.sort(rng.integers(0, num_rows, nnz))
+    col = rng.integers(0, num_cols, nnz)  # neither sorted nor unique within a row
+    rowptr = np.searchsorted(rows, np.arange(num_rows + 1))
+    value, x = rng.standard_normal(nnz), rng.standard_normal((num_cols, d))
+    ours = ops.spmm(torch.from_numpy(rowptr), torch.from_numpy(col), torch.from_numpy(x), torch.from_numpy(value))
+    truth = sp.csr_matrix((value, col, rowptr), shape=(num_rows, num_cols)) @ x
+    np.testing.assert_allclose(ours.numpy(), truth, atol=1e-12)
+    t_rowptr, t_col, perm = torch.ops.mmkd.csr_transpose(torch.from_numpy(rowptr), torch.from_numpy(col), num_cols)
+    back = sp.csr_matrix((value[perm.numpy()], t_col.numpy(), t_rowptr.numpy()), shape=(num_cols, num_rows)).toarray()
+    np.testing.assert_allclose(
+        back, sp.csr_matrix((value, col, rowptr), shape=(num_rows, num_cols)).toarray().T, atol=1e-12
+    )
+
+
+def test_unknown_instruction_set_is_refused():
+    with pytest.raises(RuntimeError, match="expected generic, avx2 or avx512"):
+        torch.ops.mmkd.set_cpu_isa("sse9")

@@ -1,0 +1,41 @@
+"""BipartiteGraph: normalisation, merged duplicates, refused ids."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from mmkd import BipartiteGraph
+
+
+def test_adjacency_is_symmetric_normalised_and_safe_for_isolated_nodes():
+    g = BipartiteGraph.from_edges([0, 0, 1, 0], [1, 2, 1, 1], 3, 4)  # (0, 1) twice; user 2, items 0 and 3 isolated
+    assert (g.num_users, g.num_items, g.num_nodes, g.num_edges) == (3, 4, 7, 3)
+    dense = torch.zeros(7, 7)
+    for r in range(7):
+        dense[r, g.col[g.rowptr[r] : g.rowptr[r + 1]].long()] = 1
+    assert torch.equal(dense, dense.T) and dense.sum() == 6
+    assert g.degree.tolist() == [2, 1, 0, 0, 2, 1, 0]
+    torch.testing.assert_close(g.scale, torch.tensor([0.5**0.5, 1, 0, 0, 0.5**0.5, 1, 0]))
+    torch.testing.assert_close(g.scale_as(torch.float64).float(), g.scale)
+    assert g.to_scipy().toarray().tolist() == [[0, 1, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]]
+    assert "3 users, 4 items, 3 edges" in repr(g)
+
+
+def test_rows_are_sorted_whatever_the_order_of_edges():
+    rng = np.random.default_rng(0)
+    g = BipartiteGraph.from_edges(rng.integers(0, 20, 200), rng.integers(0, 30, 200), 20, 30)
+    for rowptr, col in ((g.rowptr, g.col), (g.user_rowptr, g.user_col), (g.item_rowptr, g.item_col)):
+        assert all((col[a:b].diff() > 0).all() for a, b in zip(rowptr[:-1], rowptr[1:], strict=True))
+
+
+def test_refused():
+    with pytest.raises(ValueError, match="items: entry 1 is 4, expected"):
+        BipartiteGraph.from_edges([0, 1], [0, 4], 2, 4)
+    with pytest.raises(ValueError, match="users: entry 0 is -1"):
+        BipartiteGraph.from_edges([-1, 1], [0, 3], 2, 4)
+    with pytest.raises(ValueError, match="equal lengths"):
+        BipartiteGraph.from_edges([0], [0, 1], 2, 4)
+    with pytest.raises(TypeError, match="integer ids"):
+        BipartiteGraph.from_edges([0.5], [0], 2, 4)

@@ -1,0 +1,157 @@
+"""Prompt, teacher and the frozen-teacher collapse against the formulas of spec section 3, written out in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from mmkd import BipartiteGraph
+from mmkd.models.features import FeatureTable
+from mmkd.models.lightgcn import LightGCN, initial_table
+from mmkd.models.prompt import Prompt, principal_components, prompt_basis
+from mmkd.models.teacher import Teacher
+from mmkd.training.collapse import FrozenTeacher
+
+D, WIDTHS = 6, (9, 14, 7)
+
+
+@pytest.fixture
+def graph():
+    rng = np.random.default_rng(1)
+    return BipartiteGraph.from_edges(rng.integers(0, 25, 160), rng.integers(0, 18, 160), 26, 19)
+
+
+def make_teacher(graph, norm="mean", strength=0.7, feature_layers=1, seed=0):
+    rng = np.random.default_rng(seed)
+    tables = [
+        FeatureTable(f"m{w}", rng.standard_normal((graph.num_items, w)), "standardize", torch.float64) for w in WIDTHS
+    ]
+    generator = torch.Generator().manual_seed(seed)
+    prompt = Prompt(prompt_basis(tables, D).double(), generator)
+    with torch.no_grad():
+        prompt.bias.normal_(generator=generator)
+    teacher = Teacher(
+        graph, tables, prompt, layers=2, feature_layers=feature_layers, feature_weight=0.4, strength=strength, norm=norm,
+        generator=generator,
+    )  # fmt: skip
+    with torch.no_grad():
+        for bias in teacher.biases:
+            bias.normal_(generator=generator)
+    return teacher.double()
+
+
+def written_out(teacher, graph):
+    """Every array of spec section 3 built in full, p^m included."""
+    scale = graph.scale_as(torch.float64)
+    r = (
+        scale[: graph.num_users, None]
+        * torch.from_numpy(graph.to_scipy().toarray()).double()
+        * scale[graph.num_users :]
+    )
+    p = teacher.prompt.basis @ teacher.prompt.weight + teacher.prompt.bias
+    a = torch.zeros(graph.num_nodes, graph.num_nodes, dtype=torch.float64)
+    a[: graph.num_users, graph.num_users :], a[graph.num_users :, : graph.num_users] = r, r.T
+    joint = sum(torch.linalg.matrix_power(a, layer) @ teacher.table for layer in range(3)) / 3
+    users, items = [], []
+    for table, w, b in zip(teacher.features, teacher.weights, teacher.biases, strict=True):
+        x = table.values
+        pm = p @ (p.T @ x)
+        pm = pm / graph.num_items if teacher.norm == "mean" else pm / pm.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        f = (x + teacher.strength * pm) @ w + b
+        for _ in range(teacher.feature_layers):
+            fu = r @ f
+            f = r.T @ fu
+        users.append(fu)
+        items.append(f)
+        both = torch.cat([fu, f])
+        joint = joint + teacher.feature_weight * both / both.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    return joint, torch.stack(users), torch.stack(items)
+
+
+@pytest.mark.parametrize("norm", ["mean", "row"])
+@pytest.mark.parametrize("feature_layers", [1, 2])
+def test_teacher_equals_the_written_out_formulas(graph, norm, feature_layers):
+    teacher = make_teacher(graph, norm, feature_layers=feature_layers)
+    out, truth = teacher(), written_out(teacher, graph)
+    for ours, wanted in zip((out.joint, out.users, out.items), truth, strict=True):
+        torch.testing.assert_close(ours, wanted, atol=1e-12, rtol=0)
+    rows = torch.tensor([0, 3, 25, 26, 30, 44])
+    some = teacher(rows, 3)
+    torch.testing.assert_close(some.joint, out.joint[rows])
+    torch.testing.assert_close(some.items, out.items[:, rows[3:] - graph.num_users])
+
+
+@pytest.mark.parametrize("norm", ["mean", "row"])
+@pytest.mark.parametrize("feature_layers", [1, 2])
+def test_collapse_equals_the_teacher_in_values_and_prompt_gradients(graph, norm, feature_layers):
+    teacher = make_teacher(graph, norm, 0.7, feature_layers)
+    frozen = FrozenTeacher(teacher)
+    rows = torch.tensor([1, 4, 20, 26, 27, 40])
+    seen = []
+    for model in (teacher, frozen):
+        out = model(rows, 3)
+        loss = out.joint.sin().sum() + out.users.square().sum() + out.items.cos().sum()
+        grads = torch.autograd.grad(loss, [teacher.prompt.weight, teacher.prompt.bias])
+        seen.append((out.joint, out.users, out.items, *grads))
+    for ours, wanted in zip(seen[1], seen[0], strict=True):
+        assert (ours - wanted).abs().max() <= 1e-10 * max(1.0, wanted.abs().max().item())
+    assert seen[0][3].abs().max() > 1e-6 and seen[0][4].abs().max() > 1e-6  # the check compares something
+
+
+def test_collapse_without_a_prompt_is_a_constant(graph):
+    teacher = make_teacher(graph, strength=0.0)
+    frozen = FrozenTeacher(teacher)()
+    assert not frozen.joint.requires_grad
+    torch.testing.assert_close(frozen.joint, teacher().joint.detach(), atol=1e-12, rtol=0)
+
+
+def test_collapse_keeps_nothing_as_wide_as_the_features(graph):
+    frozen = FrozenTeacher(make_teacher(graph, "mean"))
+    assert all(b.shape[-1] <= D * len(WIDTHS) for b in frozen.buffers())
+    assert frozen.reduced == [] and frozen.totals == []
+
+
+def test_principal_components_match_the_singular_vectors_and_are_signed():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((40, 12)) @ rng.standard_normal((12, 12)) + 3.0
+    table = FeatureTable("x", x, "raw", torch.float64)
+    centred = x - x.mean(0)
+    _, _, vt = np.linalg.svd(centred, full_matrices=False)
+    vt *= np.sign(vt[np.arange(12), np.abs(vt).argmax(1)])[:, None]
+    np.testing.assert_allclose(principal_components(table, 5).numpy(), centred @ vt[:5].T, atol=1e-4)
+    with pytest.raises(ValueError, match="modality 'x' has 12 columns, fewer than dim=13"):
+        principal_components(table, 13)
+
+
+def test_wide_features_reach_the_same_components():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((60, 20)) * np.r_[10.0, 8, 6, 4, np.full(16, 0.1)] @ rng.standard_normal((20, 1100))
+    table = FeatureTable("wide", x, "raw", torch.float64)
+    u, s, vt = np.linalg.svd(x - x.mean(0), full_matrices=False)
+    sign = np.sign(vt[np.arange(60), np.abs(vt).argmax(1)])
+    np.testing.assert_allclose(principal_components(table, 3).numpy(), (u * s * sign)[:, :3], rtol=1e-3, atol=1e-2)
+
+
+def test_feature_modes():
+    x = np.random.default_rng(0).standard_normal((50, 4)).astype(np.float16) * 3 + 7
+    x[:, 2] = 5.0
+    standard = FeatureTable("x", x, "standardize").values
+    torch.testing.assert_close(standard.mean(0), torch.zeros(4), atol=1e-4, rtol=0)
+    assert standard[:, 2].eq(0).all()
+    torch.testing.assert_close(standard.std(0, correction=0)[[0, 1, 3]], torch.ones(3), atol=1e-3, rtol=0)
+    assert FeatureTable("x", x, "raw").values.equal(torch.from_numpy(x).float())
+    with pytest.raises(ValueError, match="mode: expected"):
+        FeatureTable("x", x, "whiten")
+
+
+def test_lightgcn_rows_and_errors(graph):
+    model = LightGCN(graph, initial_table(graph.num_nodes, 8, "xavier", torch.Generator().manual_seed(0)), 2)
+    rows = torch.tensor([4, 30, 2])
+    torch.testing.assert_close(model(rows), model()[rows])
+    users, items = model.tables()
+    assert users.shape == (graph.num_users, 8) and items.shape == (graph.num_items, 8)
+    with pytest.raises(ValueError, match="table: expected"):
+        LightGCN(graph, torch.zeros(3, 8), 2)
+    with pytest.raises(ValueError, match="modality 'm': expected 19 rows"):
+        Teacher(graph, [FeatureTable("m", np.zeros((4, 9)))], Prompt(torch.zeros(19, 6)))

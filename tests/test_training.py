@@ -1,0 +1,208 @@
+"""The trainer end to end on planted data: it learns, resumes bit for bit, and refuses what it cannot do."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import mmkd
+from mmkd import ops
+from mmkd.config import Config, ConfigError
+from mmkd.data import synthetic
+from mmkd.evaluation import evaluate
+from mmkd.graph import BipartiteGraph
+from mmkd.models.lightgcn import LightGCN, initial_table
+from mmkd.training import CheckpointError, RunError, TrainingError
+from mmkd.training.checkpoint import load_checkpoint, save_checkpoint
+from mmkd.training.run_folder import RunFolder
+from mmkd.training.stage import add_l2, node_batch
+
+QUICK = {
+    "dim": 8, "progress": False, "checkpoint_every": 1, "baselines": ["popularity"],
+    "teacher": {"epochs": 3, "eval_every": 1, "batch_size": 256, "layers": 2},
+    "student": {"epochs": 3, "eval_every": 1, "batch_size": 256, "layers": 2},
+    "lightgcn": {"epochs": 3, "eval_every": 1, "batch_size": 256},
+    "evaluation": {"ks": [20, 50]},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    return synthetic(120, 90, 2500, seed=3)
+
+
+def quick(**sections) -> Config:
+    merged = {k: dict(v) if isinstance(v, dict) else v for k, v in QUICK.items()}
+    for name, value in sections.items():
+        merged[name] = {**merged.get(name, {}), **value} if isinstance(value, dict) else value
+    return Config.model_validate(merged)
+
+
+@pytest.fixture(scope="module")
+def finished(dataset, tmp_path_factory):
+    path = tmp_path_factory.mktemp("run") / "a"
+    return mmkd.train(quick(baselines=["popularity", "item-knn", "lightgcn"]), out=path, dataset=dataset)
+
+
+def test_the_run_folder_is_complete(finished, dataset):
+    names = {p.name for p in finished.path.iterdir()}
+    assert names >= {
+        "config.yaml", "run.json", "metrics.jsonl", "student.safetensors", "teacher.safetensors", "ids.npz", "seen.npz",
+        "summary.md", "checkpoints",
+    }  # fmt: skip
+    assert not [p for p in finished.path.rglob(".*") if p.is_file()], "a temporary file was left behind"
+    info = json.loads((finished.path / "run.json").read_text())
+    assert info["data"]["fingerprint"] == dataset.fingerprint()
+    assert info["seed"] == 0 and info["torch"] == torch.__version__
+    assert set(info["results"]) == {"popularity", "item-knn", "LightGCN", "teacher", "MMKD student"}
+    summary = (finished.path / "summary.md").read_text()
+    for word in ("recall@20", "ndcg@50", "parameters", "seconds", "MMKD student", "(test)"):
+        assert word in summary
+    lines = RunFolder(finished.path).metrics()
+    assert [(line["stage"], line["epoch"]) for line in lines][:3] == [("lightgcn", 1), ("lightgcn", 2), ("lightgcn", 3)]
+    assert all(np.isfinite(line["loss"]) for line in lines)
+
+
+def test_the_saved_student_is_the_evaluated_one(finished, dataset):
+    saved = load_file(finished.path / "student.safetensors")
+    again = evaluate(saved["user_emb"], saved["item_emb"], dataset, "test", (20, 50))
+    assert again == finished.rows["MMKD student"]
+    graph = dataset.graph()
+    table = torch.cat([saved["user_emb0"], saved["item_emb0"]])
+    final = torch.cat([saved["user_emb"], saved["item_emb"]])
+    torch.testing.assert_close(ops.propagate(graph, table, 2), final)
+
+
+def test_training_learns_the_planted_signal(tmp_path):
+    planted = synthetic(300, 400, 9000, taste=8.0, zipf=0.0, noise=0.1, latent_dim=4, seed=3)
+    config = quick(dim=16, teacher={"epochs": 30, "lr": 0.01, "patience": 30, "eval_every": 5}, student={"epochs": 4, "lr": 0.001})
+    rows = mmkd.train(config, out=tmp_path / "r", dataset=planted).rows
+    assert rows["teacher"]["recall@20"] > 1.7 * rows["popularity"]["recall@20"]
+    assert rows["MMKD student"]["recall@20"] > 0.9 * rows["teacher"]["recall@20"]
+
+
+@pytest.mark.parametrize("stop", ["teacher", "student"])
+def test_a_resumed_run_ends_bit_equal(finished, dataset, tmp_path, monkeypatch, stop):
+    from mmkd.training import stage as stage_module
+
+    epochs = []
+    original = stage_module.Stage._epoch
+
+    def stop_in_second_epoch(self, optimizer, epoch, bar):
+        epochs.append(epoch)
+        if self.task.name == stop and epoch == 1:
+            raise KeyboardInterrupt
+        return original(self, optimizer, epoch, bar)
+
+    config = quick(baselines=["popularity", "item-knn", "lightgcn"])
+    with monkeypatch.context() as patch:
+        patch.setattr(stage_module.Stage, "_epoch", stop_in_second_epoch)
+        with pytest.raises(KeyboardInterrupt):
+            mmkd.train(config, out=tmp_path / "r", dataset=dataset)
+    assert not (tmp_path / "r" / "student.safetensors").exists()
+    again = mmkd.train(config, out=tmp_path / "r", dataset=dataset, resume=True)
+    for name in ("student", "teacher"):
+        one, two = load_file(finished.path / f"{name}.safetensors"), load_file(again.path / f"{name}.safetensors")
+        assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one), name
+    assert again.rows == finished.rows
+
+
+def test_the_prompt_learns_in_the_students_stage_and_the_rest_of_the_teacher_does_not(dataset, tmp_path):
+    config = quick(prompt={"lr": 0.05, "strength": 0.5}, distill={"emb": 0.5, "list": 1.0})
+    path = mmkd.train(config, out=tmp_path / "r", dataset=dataset).path
+    teacher = load_file(path / "teacher.safetensors")
+    tensors, state = load_checkpoint(path / "checkpoints" / "student.safetensors")
+    assert state["finished"]
+    assert not torch.equal(tensors["model.prompt.weight"], teacher["prompt.weight"])
+    assert not any("weights" in name for name in tensors)
+
+
+@pytest.mark.parametrize(
+    "distill", [{"pair": 0}, {"list": 0}, {"emb": 0}, {"pair": 0, "list": 0, "emb": 0}, {"emb_sample": 30, "emb_nodes": "all"},
+                {"list_weight": "decoupled", "pair_kind": "positive", "modality_weights": "uniform"}], ids=str
+)  # fmt: skip
+def test_every_term_can_be_switched(dataset, tmp_path, distill):
+    config = quick(distill=distill, teacher={"epochs": 1}, student={"epochs": 1})
+    run = mmkd.train(config, out=tmp_path / "r", dataset=dataset)
+    terms = [line for line in RunFolder(run.path).metrics() if line["stage"] == "student"][0]
+    for name in ("pair", "list", "emb"):
+        assert (name in terms) == (distill.get(name, 1) != 0)
+
+
+def test_node_batch_and_l2_against_plain_indexing():
+    graph = BipartiteGraph.from_edges([0, 1, 2, 3], [0, 1, 2, 0], 4, 3)
+    users, candidates = torch.tensor([1, 3, 1]), torch.tensor([[1, 0, 2], [0, 2, 2], [1, 1, 0]])
+    batch = node_batch(users, candidates, 4, extra=torch.tensor([0, 6]))
+    assert torch.equal(batch.rows[: batch.num_users][batch.users], users)
+    assert torch.equal(batch.rows[batch.num_users :][batch.candidates] - 4, candidates)
+    model = LightGCN(graph, initial_table(7, 5, "normal", torch.Generator().manual_seed(0)), 1)
+    model.table.grad = torch.zeros_like(model.table)
+    value = add_l2(model.table, batch, 0.3)
+    leaf = model.table.detach().clone().requires_grad_()
+    parts = (leaf[users], leaf[4 + candidates[:, 0]], leaf[4 + candidates[:, 1]])
+    truth = 0.3 * 0.5 * sum(p.square().sum() for p in parts) / 3
+    truth.backward()
+    torch.testing.assert_close(value, truth.detach())
+    torch.testing.assert_close(model.table.grad, leaf.grad)
+
+
+def test_a_diverging_run_stops_with_the_term_and_keeps_its_checkpoint(dataset, tmp_path, monkeypatch):
+    from mmkd.training.tasks import TeacherTask
+
+    original = TeacherTask.step
+
+    def poisoned(self, epoch, step):
+        terms = original(self, epoch, step)
+        return {**terms, "modalities": terms["modalities"] * float("nan")} if epoch == 1 else terms
+
+    monkeypatch.setattr(TeacherTask, "step", poisoned)
+    with pytest.raises(TrainingError, match="stage teacher, epoch 2, step 1: the term 'modalities' is nan"):
+        mmkd.train(quick(), out=tmp_path / "r", dataset=dataset)
+    assert load_checkpoint(tmp_path / "r" / "checkpoints" / "teacher.safetensors")[1]["epoch"] == 1
+
+
+def test_refused(dataset, finished, tmp_path):
+    from dataclasses import replace
+
+    with pytest.raises(RunError, match="already holds a run"):
+        mmkd.train(quick(), out=finished.path, dataset=dataset)
+    with pytest.raises(RunError, match=r"other settings \(.*teacher.lr"):
+        mmkd.train(quick(teacher={"lr": 0.5}), out=finished.path, dataset=dataset, resume=True)
+    same = quick(baselines=["popularity", "item-knn", "lightgcn"])
+    with pytest.raises(RunError, match="other data"):
+        mmkd.train(same, out=finished.path, dataset=synthetic(120, 90, 2500, seed=4), resume=True)
+    with pytest.raises(TrainingError, match=r"no validation part .* evaluation.select=last"):
+        mmkd.train(quick(), out=tmp_path / "v", dataset=replace(dataset, val=None))
+    with pytest.raises(ConfigError, match="no item features"):
+        mmkd.train(quick(), out=tmp_path / "f", dataset=replace(dataset, features={}))
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="torch sees no CUDA device"):
+            mmkd.train(quick(device="cuda"), out=tmp_path / "c", dataset=dataset)
+
+
+def test_without_a_validation_part_the_last_epoch_counts(dataset, tmp_path):
+    from dataclasses import replace
+
+    config = quick(evaluation={"select": "last"})
+    run = mmkd.train(config, out=tmp_path / "r", dataset=replace(dataset, val=None))
+    assert run.part == "test" and run.rows["MMKD student"]["recall@20"] >= 0
+    nothing = mmkd.train(config, out=tmp_path / "n", dataset=replace(dataset, val=None, test=None))
+    assert nothing.part == "none" and "nothing to evaluate on" in nothing.table
+
+
+def test_damaged_checkpoints_are_refused(tmp_path):
+    path = tmp_path / "c.safetensors"
+    save_checkpoint(path, {"a": torch.arange(100.0)}, {"epoch": 3})
+    tensors, state = load_checkpoint(path)
+    assert state == {"epoch": 3} and torch.equal(tensors["a"], torch.arange(100.0))
+    whole = path.read_bytes()
+    for damaged in (whole[:50], whole[:-8], b"", b"\x80\x04garbage" + whole[10:]):
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="damaged"):
+            load_checkpoint(path)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        load_checkpoint(tmp_path / "none.safetensors")

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mmkd import BipartiteGraph, backends, ops
+from mmkd.kernels import launch, spmm
+from mmkd.kernels.register import OPS
+
+U, C = torch.tensor([0, 1]), torch.tensor([[0, 1, 2], [3, 1, 1]])
+UE, IE = torch.randn(4, 3), torch.randn(5, 3)
+
+
+@pytest.mark.parametrize("name", [*OPS, "topk"])
+def case_schemas_are_the_compiled_library_s(name):
+    ours, theirs = (str(getattr(getattr(torch.ops, ns), name).default._schema) for ns in ("mmkd_triton", "mmkd"))
+
+    def types(schema: str) -> str:  # results have names only in one of them, integers are SymInt in the other
+        arguments, results = schema.split(" -> ")
+        bare = [r.split()[0] for r in results.strip("()").split(", ")]
+        return f"{arguments.split('(', 1)[1]} -> {bare}".replace("SymInt", "int")
+
+    assert types(ours) == types(theirs)
+
+
+def case_opcheck():
+    ops_ = torch.ops.mmkd_triton
+    tables = [t.clone().requires_grad_() for t in (UE, IE)]
+    teacher, logits, w = torch.randn(2), torch.randn(2, 2, 3), torch.tensor([0.5, 0.5])
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    for op, args in (
+        (ops_.bpr_kd, (*tables, U, U, U, teacher, 0.7, True)),
+        (ops_.list_scores, (*tables, U, C)),
+        (ops_.list_kd, (*tables, U, C, logits, w, 1.0, 1.0, 1.0, True)),
+        (ops_.emb_kd, (tables[0], torch.randn(2, 4, 3), 2.0)),
+        (ops_.topk, (UE, IE, 2, None, None, None)),
+    ):
+        torch.library.opcheck(op.default, args, test_utils=tests)
+
+
+def case_errors_name_the_argument():
+    bad = C.clone()
+    bad[1, 2] = 5
+    for message, call in (
+        ("candidates: entry 5 is 5, expected", lambda: ops.list_scores(UE, IE, U, bad, impl="triton")),
+        ("users: entry 0 is -1", lambda: ops.bpr_loss(UE, IE, U - 1, U, U, impl="triton")),
+        ("neg: entry 1 is 7", lambda: ops.bpr_loss(UE, IE, U, U, U + torch.tensor([0, 6]), impl="triton")),
+        ("users: entry 1 is 9", lambda: ops.topk(UE, IE, 1, torch.tensor([0, 9]), impl="triton")),
+        ("col: entry 1 is 4", lambda: ops.spmm(torch.tensor([0, 2]), torch.tensor([0, 4]), UE, impl="triton")),
+        (
+            "rows: entry 0 is 99",
+            lambda: ops.propagate(graph(), torch.randn(9, 2), 1, torch.tensor([99]), impl="triton"),
+        ),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            call()
+
+
+def graph():
+    return BipartiteGraph.from_edges([0, 1, 3], [2, 4, 0], 4, 5)
+
+
+def case_second_derivatives_raise():
+    user_emb = UE.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(ops.bpr_loss(user_emb, IE, U, U, U, impl="triton"), user_emb, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"bpr_kd_backward: second derivatives are not supported"):
+        grad.sum().backward()
+
+
+def case_autocast_and_parameters():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = ops.bpr_loss(torch.nn.Parameter(UE), torch.nn.Parameter(IE), U, U, U, impl="triton")
+    assert loss.dtype == torch.float32
+
+
+def case_every_op_is_available():
+    assert all(backends.why_not(op, "triton", device) is None for op in backends.OPS for device in ("cpu", "cuda"))
+
+
+def case_the_fixed_choice(monkeypatch):
+    fixed, autotuned = launch._tuned[spmm._spmm_rows]
+    assert launch.choose(spmm._spmm_rows) is fixed and len(fixed.configs) == 1 and len(autotuned.configs) > 1
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    assert launch.choose(spmm._spmm_rows) is autotuned
+    monkeypatch.setenv("MMKD_TRITON_FIXED", "1")
+    assert launch.choose(spmm._spmm_rows) is fixed
+    monkeypatch.delenv("MMKD_TRITON_FIXED")
+    torch.use_deterministic_algorithms(True)
+    assert launch.choose(spmm._spmm_rows) is fixed
+    torch.use_deterministic_algorithms(False)
+
+
+def case_degree_buckets():
+    assert [launch.degree_bucket(n, 1) for n in (0, 3, 4, 15, 16, 64)] == [0, 0, 1, 1, 2, 3]
+    assert launch.degree_bucket(0, 0) == 0

@@ -1,0 +1,266 @@
+"""Writes docs/gpu.md: what can be known of the GPU kernels without a GPU (`make gpu-report`).
+
+Facts of the machine code (registers, memory, width of loads) for every kernel and architecture, and predicted times
+from the bytes an op has to move. A prediction is not a measurement, and every page says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import gpu_report_cuda
+
+OUT = Path(__file__).parents[1] / "docs" / "gpu.md"
+
+
+@dataclass(frozen=True)
+class Arch:
+    """Limits of one multiprocessor (CUDA programming guide, table of compute capabilities)."""
+
+    threads: int
+    blocks: int
+    shared_bytes: int
+    registers: int = 65536
+
+
+ARCHS = {
+    "sm_80": Arch(2048, 32, 164 * 1024),
+    "sm_86": Arch(1536, 16, 100 * 1024),
+    "sm_89": Arch(1536, 24, 100 * 1024),
+    "sm_90": Arch(2048, 32, 228 * 1024),
+}
+
+
+@dataclass(frozen=True)
+class Card:
+    """Data-sheet numbers, but for the L2 bandwidth, which no data sheet gives: an assumption on the low side."""
+
+    name: str
+    arch: str
+    gbps: float
+    l2_mb: float
+    l2_gbps: float
+    tflops: float
+
+
+CARDS = (
+    Card("RTX 3090", "sm_86", 936, 6, 1800, 35.6),
+    Card("RTX 4090", "sm_89", 1008, 72, 4000, 82.6),
+    Card("H100 SXM", "sm_90", 3350, 50, 5500, 66.9),
+)
+LAUNCH_US = 2.5  # what one more kernel costs in a stream that is kept busy; an assumption
+# users, items, interactions (paper, Table 3)
+SIZES = {
+    "tiktok": (14_343, 8_690, 276_637),
+    "netflix": (43_739, 17_239, 609_341),
+    "electronics": (41_691, 21_479, 359_165),
+}
+DIM, BATCH, LIST, MODALITIES, BYTES = 64, 1024, 11, 2, 4
+
+
+@dataclass
+class Work:
+    """What one call has to do: bytes that must cross DRAM once, bytes gathered again and again from a table of
+    `table` bytes, multiply-adds counted as two flops, and kernels launched."""
+
+    op: str
+    stream: float
+    gather: float = 0
+    table: float = 0
+    flops: float = 0
+    launches: int = 1
+
+
+def works(users: int, items: int, edges: int) -> list[Work]:
+    """The ops of a training step and of an evaluation at one size, float32."""
+    row, nodes, nnz = DIM * BYTES, users + items, 2 * edges
+    tables = nodes * row
+    layer = Work("spmm (one layer)", 2 * tables + nnz * 4 + nodes * 12, nnz * (row + 4), tables, 2 * nnz * DIM, 3)
+    both = [
+        Work("propagate L=2 " + way, 2 * (layer.stream + tables), 2 * layer.gather, tables, 2 * layer.flops, 5)
+        for way in ("forward", "backward")
+    ]
+    pair, lists = 3 * BATCH * row, (LIST + 1) * BATCH * row
+    logits = (MODALITIES + 1) * BATCH * LIST * BYTES
+    zeroed = tables  # the gradients' tables are written whole
+    return [
+        layer,
+        *both,
+        Work("bpr_kd forward", pair, launches=4),
+        Work("bpr_kd backward", pair + zeroed, 2 * pair, tables, launches=3),
+        Work("list_kd forward", lists + logits, launches=3),
+        Work("list_kd backward", lists + logits + zeroed, 2 * lists, tables, launches=3),
+        Work("emb_kd forward", items * row * (1 + MODALITIES), launches=3),
+        Work("emb_kd backward", items * row * 2 * (1 + MODALITIES), launches=1),
+        Work("topk k=20, all users", tables + users * 20 * 12, flops=2.0 * users * items * DIM, launches=2),
+    ]
+
+
+def predicted_us(work: Work, card: Card) -> float:
+    """Roofline: the slowest of DRAM, L2 and arithmetic, plus the launches. A gather that misses L2 goes to DRAM."""
+    hit = min(1.0, 0.8 * card.l2_mb * 1e6 / work.table) if work.table else 1.0
+    dram = (work.stream + (1 - hit) * work.gather) / card.gbps
+    cache = (work.stream + work.gather) / card.l2_gbps
+    # Half the peak: what a tiled product without tensor cores usually reaches.
+    arithmetic = work.flops / (0.5 * card.tflops * 1e3)
+    return max(dram, cache, arithmetic) / 1e3 + work.launches * LAUNCH_US
+
+
+def occupancy(registers: int, shared_bytes: int, block: int, arch: Arch) -> float:
+    """Share of a multiprocessor's threads that can be resident (registers come 256 to a warp, shared memory 128 B)."""
+    warps = block // 32
+    per_warp = -(-max(1, registers) * 32 // 256) * 256
+    shared = -(-(shared_bytes + 1024) // 128) * 128  # 1 KB is the system's
+    blocks = min(arch.blocks, arch.threads // block, arch.registers // (per_warp * warps), arch.shared_bytes // shared)
+    return blocks * block / arch.threads
+
+
+def _table(header: list[str], body: list[list[str]]) -> list[str]:
+    return [" | ".join(["", *line, ""]).strip() for line in [header, ["---"] * len(header), *body]]
+
+
+def predictions() -> list[str]:
+    """The predicted microseconds, one table per card."""
+    lines = []
+    for card in CARDS:
+        lines += [
+            f"### {card.name} ({card.gbps:g} GB/s, {card.l2_mb:g} MB of L2, assumed {card.l2_gbps:g} GB/s from it)",
+            "",
+        ]
+        by_size = {name: works(*size) for name, size in SIZES.items()}
+        body = [
+            [by_size["tiktok"][i].op]
+            + [
+                f"{(w[i].stream + w[i].gather) / 1e6:.1f} MB: {predicted_us(w[i], card):.0f} us"
+                for w in by_size.values()
+            ]
+            for i in range(len(by_size["tiktok"]))
+        ]
+        lines += [*_table(["op", *by_size], body), ""]
+    return lines
+
+
+def cuda_table(rows: list[dict]) -> list[str]:
+    """One line per kernel and configuration; architectures side by side where they differ."""
+    grouped: dict[tuple, list[dict]] = {}
+    for r in rows:
+        grouped.setdefault((r["op"], r["kernel"], r["config"]), []).append(r)
+
+    def each(group: list[dict], value) -> str:
+        seen = [str(value(r)) for r in group]
+        return seen[0] if len(set(seen)) == 1 else " / ".join(seen)
+
+    body = []
+    for (op, kernel, config), group in grouped.items():
+        body.append(
+            [
+                op,
+                kernel + (" (fast path)" if group[0]["fast"] else ""),
+                config or "-",
+                each(group, lambda r: r["registers"]),
+                each(group, lambda r: r["shared_bytes"]),
+                each(group, lambda r: r["spill_bytes"]),
+                each(group, lambda r: r["stack_bytes"]),
+                each(group, lambda r: r["global_load_width"]),
+                each(
+                    group,
+                    lambda r: (
+                        f"{100 * occupancy(r['registers'], r['shared_bytes'], r['block'], ARCHS[r['arch']]):.0f}%"
+                        if r["arch"] in ARCHS
+                        else "?"
+                    ),
+                ),
+            ]
+        )
+    archs = ", ".join(dict.fromkeys(r["arch"] for r in rows))
+    header = ["op", "kernel", "elements", "registers", "shared B", "spill B", "stack B", "widest load", "occupancy"]
+    return [f"Where a column has several numbers they are for {archs}, in this order.", "", *_table(header, body), ""]
+
+
+def triton_table(rows: list[dict]) -> list[str]:
+    """The Triton kernels' rows as their own report gives them."""
+    columns = [
+        "op",
+        "kernel",
+        "config",
+        "arch",
+        "registers",
+        "shared_bytes",
+        "spill_bytes",
+        "stack_bytes",
+        "global_load_width",
+    ]
+    return [*_table([c.replace("_", " ") for c in columns], [[str(r.get(c, "?")) for c in columns] for r in rows]), ""]
+
+
+def page(cuda: list[dict] | None, triton: list[dict] | None) -> str:
+    """The page's text."""
+    lines = [
+        "# The GPU kernels: what is known of them without a GPU",
+        "",
+        "Written by `make gpu-report` (tools/gpu_report.py). **No number on this page was measured on a GPU.** The kernels are",
+        "not yet timed on a GPU. What stands behind them:",
+        "",
+        "- The CUDA kernels' own source runs on the CPU in the tests (`csrc/simt`): one fiber per thread, several seeded orders,",
+        "  shared memory that starts as NaN, divergent barriers and shuffles reported, all under AddressSanitizer and",
+        "  UndefinedBehaviorSanitizer, against the float64 reference. `tests/cuda/test_planted_bugs.py` plants bugs and sees each",
+        "  one caught. Not covered by that: memory that becomes visible late, the compiler's code, speed.",
+        "- Facts of the machine code, below. A fast path is one whose rows are moved 16 bytes at a time; the tests hold it to 0",
+        "  bytes of stack and to 128-bit loads on every architecture.",
+        "- Predictions from the bytes an op has to move. They are predictions.",
+        "",
+        "Occupancy is theoretical: what registers, threads and shared memory allow (K = 11 candidates, k = 20).",
+        "",
+    ]
+    if cuda is not None:
+        lines += ["## CUDA C++ kernels", "", *cuda_table(cuda)]
+    if triton is not None:
+        lines += ["## Triton kernels", "", *triton_table(triton)]
+    lines += [
+        "## Predicted times",
+        "",
+        f"float32, d = {DIM}, B = {BATCH}, K = {LIST}, {MODALITIES} modalities, the paper's three sizes. The roofline: the slowest",
+        "of DRAM, L2 and arithmetic (half the data-sheet peak without tensor cores), plus "
+        f"{LAUNCH_US} us for every kernel",
+        "launched. A gather from a table that does not fit in 80% of L2 goes to DRAM for the part that does not fit. The MB",
+        "are bytes moved, gathered rows counted every time.",
+        "",
+        *predictions(),
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def main() -> None:
+    """Collects the rows and writes the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--library", type=Path, default=gpu_report_cuda.LIBRARY)
+    parser.add_argument("--triton", type=Path, help="rows as JSON instead of compiling the Triton kernels (2 minutes)")
+    parser.add_argument("--no-triton", action="store_true")
+    options = parser.parse_args()
+    cuda = None
+    if options.library.exists():
+        cuda = gpu_report_cuda.rows(options.library)
+    else:
+        print(f"gpu-report: {options.library} is not built (nvcc needed); its table is left out", file=sys.stderr)
+    triton = None
+    if options.triton:
+        triton = json.loads(options.triton.read_text())
+    elif not options.no_triton:
+        import gpu_report_triton
+
+        triton = gpu_report_triton.rows()
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = options.out.with_suffix(".tmp")
+    temporary.write_text(page(cuda, triton))
+    os.replace(temporary, options.out)
+    print(f"written: {options.out}")
+
+
+if __name__ == "__main__":
+    main()
