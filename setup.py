@@ -69,7 +69,7 @@ class CMakeBuild(build_ext):
 
 setup(
     packages=[
-        "mmkd", "mmkd.data", "mmkd.evaluation", "mmkd.models", "mmkd.models.baselines", "mmkd.ops",
+        "mmkd", "mmkd.cli", "mmkd.data", "mmkd.evaluation", "mmkd.models", "mmkd.models.baselines", "mmkd.ops",
         "mmkd.reference", "mmkd.serving", "mmkd.training", "mmkd.kernels",
     ],
     package_dir={"mmkd": "mmkd", "mmkd.kernels": "kernels"},

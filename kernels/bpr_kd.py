@@ -114,7 +114,7 @@ def _bpr_kd_slopes(
 
 # A scatter is not searched for: every trial would add to the gradients once more.
 launch.tuned(_bpr_kd, [triton.Config({"BLOCK_B": b}, num_warps=w) for b, w in ((8, 2), (16, 4))], ["d"])
-launch.tuned(_bpr_kd_scatter, [triton.Config({"BLOCK_B": 8}, num_warps=4)], [])
+launch.tuned(_bpr_kd_scatter, [triton.Config({"BLOCK_B": 8}, num_warps=2)], [])
 launch.tuned(_bpr_kd_scores, [triton.Config({"BLOCK_B": 256}, num_warps=4)], [])
 launch.tuned(_bpr_kd_slopes, [triton.Config({"BLOCK_B": 256}, num_warps=4)], [])
 

@@ -149,7 +149,7 @@ def test_refusals():
         evaluate(user_emb, broken, dataset)
     with pytest.raises(ValueError, match=r"score_fn: expected scores of shape \(31, 70\), got \(31, 3\)"):
         evaluate_scores(lambda users: np.zeros((len(users), 3)), dataset)
-    with pytest.raises(ValueError, match="score_fn: NaN among the scores of user [0-9]+"):
+    with pytest.raises(ValueError, match=r"score_fn: NaN among the scores of user [0-9]+"):
         evaluate_scores(lambda users: np.full((len(users), 70), np.nan), dataset)
     with pytest.raises(ValueError, match="ks: expected cut-offs >= 1, got 0"):
         evaluate(user_emb, item_emb, dataset, ks=(0,))

@@ -79,7 +79,9 @@ def test_the_saved_student_is_the_evaluated_one(finished, dataset):
 
 def test_training_learns_the_planted_signal(tmp_path):
     planted = synthetic(300, 400, 9000, taste=8.0, zipf=0.0, noise=0.1, latent_dim=4, seed=3)
-    config = quick(dim=16, teacher={"epochs": 30, "lr": 0.01, "patience": 30, "eval_every": 5}, student={"epochs": 4, "lr": 0.001})
+    config = quick(
+        dim=16, teacher={"epochs": 30, "lr": 0.01, "patience": 30, "eval_every": 5}, student={"epochs": 4, "lr": 0.001}
+    )
     rows = mmkd.train(config, out=tmp_path / "r", dataset=planted).rows
     assert rows["teacher"]["recall@20"] > 1.7 * rows["popularity"]["recall@20"]
     assert rows["MMKD student"]["recall@20"] > 0.9 * rows["teacher"]["recall@20"]
@@ -128,7 +130,7 @@ def test_the_prompt_learns_in_the_students_stage_and_the_rest_of_the_teacher_doe
 def test_every_term_can_be_switched(dataset, tmp_path, distill):
     config = quick(distill=distill, teacher={"epochs": 1}, student={"epochs": 1})
     run = mmkd.train(config, out=tmp_path / "r", dataset=dataset)
-    terms = [line for line in RunFolder(run.path).metrics() if line["stage"] == "student"][0]
+    terms = next(line for line in RunFolder(run.path).metrics() if line["stage"] == "student")
     for name in ("pair", "list", "emb"):
         assert (name in terms) == (distill.get(name, 1) != 0)
 

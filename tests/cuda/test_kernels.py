@@ -13,7 +13,7 @@ def test_kernels_on_the_executor(case):
     """Runs cases/<case>.py in a process of its own; what it printed is shown where it fails."""
     done = simt_build.run(
         [
-            "-m", "pytest", "-q", "-x", "--capture=sys", "-p", "no:cacheprovider", "-p", "no:benchmark",
+            "-m", "pytest", "-q", "--capture=sys", "-p", "no:cacheprovider", "-p", "no:benchmark",
             "-o", "python_files=case_*.py", "-o", "python_functions=case_*", f"--confcutdir={simt_build.CASES}", str(simt_build.CASES / f"{case}.py"),
         ]
     )  # fmt: skip

@@ -102,7 +102,10 @@ def test_views_opcheck_and_compile():
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 20), st.integers(1, 70), st.integers(1, 9), st.integers(1, 80), st.integers(0, 2**31 - 1))
 def test_random_problems_equal_the_reference(num_users, num_items, d, k, seed):
-    user_emb, item_emb = whole_numbers(num_users, d, torch.float32, seed), whole_numbers(num_items, d, torch.float32, seed + 1)
+    user_emb, item_emb = (
+        whole_numbers(num_users, d, torch.float32, seed),
+        whole_numbers(num_items, d, torch.float32, seed + 1),
+    )
     exclude = exclusions(num_users, num_items, seed)
     ours, truth = (ops.topk(user_emb, item_emb, k, exclude=exclude, impl=impl) for impl in ("cpp", "reference"))
     assert torch.equal(ours[0], truth[0]) and torch.equal(ours[1], truth[1])

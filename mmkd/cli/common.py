@@ -1,0 +1,43 @@
+"""The typer application and what its commands share."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Small recommenders from interactions plus item content: a multi-modal teacher distilled into a plain LightGCN.\n\n"
+    "Start with: mmkd train --data demo",
+)
+console = Console(stderr=True)
+
+
+class Friendly:
+    """Turns the package's own errors into one message and exit code 1; anything else is a bug and keeps its traceback."""
+
+    def __enter__(self) -> None:
+        warnings.showwarning = lambda message, *_: console.print(f"[yellow]note:[/] {message}", highlight=False)
+        logging.basicConfig(
+            level=logging.INFO,
+            format="%(message)s",
+            handlers=[RichHandler(console=console, show_time=False, show_path=False)],
+        )
+
+    def __exit__(self, kind, error, traceback) -> bool:
+        from mmkd.config import ConfigError
+        from mmkd.data import DataError
+        from mmkd.serving import RunLoadError
+        from mmkd.training import CheckpointError, RunError, TrainingError
+
+        if isinstance(
+            error, (ConfigError, DataError, RunLoadError, CheckpointError, RunError, TrainingError, ValueError)
+        ):
+            console.print(f"[red]error:[/] {error}", highlight=False)
+            raise typer.Exit(1)
+        return False

@@ -1,0 +1,41 @@
+"""`mmkd eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mmkd.cli.common import Friendly, app
+
+
+@app.command("eval")
+def evaluate_run(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    part: Annotated[str, typer.Option(help="val or test. Choose on val; look at test once.")] = "val",
+    data: Annotated[str, typer.Option(help="The data set, where it is not at the place the run's settings name.")] = "",
+) -> None:
+    """Evaluate a run's student again, on the data it was trained on (the fingerprint is checked)."""
+    with Friendly():
+        from safetensors.torch import load_file
+
+        from mmkd.config import load_config
+        from mmkd.data import load
+        from mmkd.evaluation import evaluate
+        from mmkd.serving import RunLoadError
+        from mmkd.training.run_folder import RunFolder
+
+        if not (run / "student.safetensors").exists():
+            raise RunLoadError(f"{run}: no student.safetensors; it is no finished run folder")
+        settings = load_config(run / "config.yaml")
+        d = settings.data
+        dataset = load(data or d.path, format=d.format, split=d.split, seed=settings.seed, **d.options)
+        expected, got = RunFolder(run).info()["data"]["fingerprint"], dataset.fingerprint()
+        if expected != got:
+            raise RunLoadError(f"{run}: the data has changed since (fingerprint {expected[:12]}, now {got[:12]})")
+        tables = load_file(run / "student.safetensors")
+        for name, value in evaluate(
+            tables["user_emb"], tables["item_emb"], dataset, part, settings.evaluation.ks
+        ).items():
+            typer.echo(f"{part} {name:<14} {value:.4f}")
