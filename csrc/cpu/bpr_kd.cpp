@@ -1,25 +1,44 @@
-// bpr_kd on the CPU: margins, losses and coefficients by kernel; table gradients as one sparse product each.
+// bpr_kd on the CPU: margins, losses and coefficients block by block; table gradients grouped by the row they go to.
 #include "cpu/bpr_kd_kernel.h"
-#include "cpu/loss_tables.h"
-#include "cpu/scatter.h"
+#include "cpu/pair_grads.h"
 
 namespace mmkd {
 namespace {
 
-void check_batch(const Tensor& user_emb, const Tensor& item_emb, const Tensor& users, const Tensor& pos,
-                 const Tensor& neg) {
-  check_tables(user_emb, item_emb);
-  for (const auto& [ids, name, bound] : {std::tuple{&users, "users", user_emb.size(0)},
-                                         std::tuple{&pos, "pos", item_emb.size(0)},
-                                         std::tuple{&neg, "neg", item_emb.size(0)}}) {
-    check_dim(*ids, name, 1);
-    check_size(*ids, name, 0, users.numel());
-    check_ids(*ids, name, bound);
-  }
+MarginArgs margin_args(const Tensor& user_emb, const Tensor& item_emb, const Tensor& users, const Tensor& pos,
+                       const Tensor& neg) {
+  check_pair_tables(user_emb, item_emb);
+  check_dim(users, "users", 1);
+  check_index(users, "users", 1, users.size(0));
+  check_index(pos, "pos", 1, users.size(0));
+  check_index(neg, "neg", 1, users.size(0));
+  return {dtype_of(user_emb),   user_emb.const_data_ptr(), item_emb.const_data_ptr(), data<int64_t>(users),
+          data<int64_t>(pos),   data<int64_t>(neg),        user_emb.size(0),          item_emb.size(0),
+          user_emb.size(1),     nullptr};
+}
+
+[[noreturn]] void fail_indices(const MarginArgs& a, const Tensor& users, const Tensor& pos, const Tensor& neg) {
+  check_entries(users, "users", a.num_users);
+  check_entries(pos, "pos", a.num_items);
+  check_entries(neg, "neg", a.num_items);
+  fail("users, pos, neg: changed while they were being read");
+}
+
+void check_margin(const Tensor& margin) {
+  check_dim(margin, "margin", 1);
+  MMKD_CHECK(margin.scalar_type() == ScalarType::Float || margin.scalar_type() == ScalarType::Double,
+             "margin: expected float32 or float64, got ", torch::headeronly::toString(margin.scalar_type()));
+  MMKD_CHECK(margin.is_contiguous(), "margin: expected a contiguous tensor");
 }
 
 PairArgs pair_args(const Tensor& margin, const OptTensor& teacher, double tau, bool bernoulli) {
-  if (teacher) check_vector(*teacher, "teacher_margin", margin.numel(), margin.scalar_type());
+  check_margin(margin);
+  if (teacher) {
+    check_dim(*teacher, "teacher_margin", 1);
+    check_size(*teacher, "teacher_margin", 0, margin.numel());
+    check_type(*teacher, "teacher_margin", margin.scalar_type());
+    MMKD_CHECK(teacher->is_contiguous(), "teacher_margin: expected a contiguous tensor");
+  }
   MMKD_CHECK(tau > 0, "tau: expected > 0, got ", tau);
   PairArgs a{};
   a.f64 = margin.scalar_type() == ScalarType::Double;
@@ -30,114 +49,93 @@ PairArgs pair_args(const Tensor& margin, const OptTensor& teacher, double tau, b
   return a;
 }
 
-std::tuple<Tensor, Tensor> losses(const Tensor& margin, const OptTensor& teacher, double tau, bool bernoulli) {
-  const int64_t n = margin.numel();
-  PairArgs a = pair_args(margin, teacher, tau, bernoulli);
-  Tensor bpr = empty({n}, margin), pair = empty({n}, margin);
-  a.bpr = bpr.mutable_data_ptr();
-  a.pair = pair.mutable_data_ptr();
-  for_range(n, kSampleGrain, [&](int64_t begin, int64_t end) { MMKD_ON_ISA(bpr_kd_losses(a, begin, end)); });
-  return {mean_of(bpr, n), mean_of(pair, n)};
+// Both mean losses. first(begin, end) runs on a block before its losses are taken and says whether to go on.
+template <class First>
+std::tuple<Tensor, Tensor> losses(const PairArgs& a, const Tensor& margin, const First& first, bool& good) {
+  const int64_t n = margin.numel(), blocks = num_blocks(n);
+  const std::unique_ptr<double[]> bpr(new double[blocks]), pair(new double[blocks]);
+  std::atomic<bool> all{true};
+  for_chunks(blocks, [&](int64_t c) {
+    const int64_t begin = c * kSamples, end = std::min(n, begin + kSamples);
+    if (!first(begin, end)) return all.store(false);
+    const PairLosses sums = MMKD_ON_ISA(bpr_kd_losses(a, begin, end));
+    bpr[c] = sums.bpr;
+    pair[c] = sums.pair;
+  });
+  good = all.load();
+  if (!good) return {margin, margin};
+  return {mean_of(bpr.get(), blocks, n, margin, a.f64), mean_of(pair.get(), blocks, n, margin, a.f64)};
 }
 
-struct MarginGrads {
-  Tensor student, teacher;
-};
-
-MarginGrads margin_grads(const Tensor& grad_bpr, const Tensor& grad_pair, const Tensor& margin, const OptTensor& teacher,
-                         double tau, bool bernoulli, bool need_student, bool need_teacher) {
-  const int64_t n = margin.numel();
-  PairArgs a = pair_args(margin, teacher, tau, bernoulli);
-  a.scale_bpr = n ? scalar_of(grad_bpr) / static_cast<double>(n) : 0;
-  a.scale_pair = n ? scalar_of(grad_pair) / static_cast<double>(n) : 0;
-  MarginGrads out{empty({need_student ? n : 0}, margin), empty({need_teacher && teacher ? n : 0}, margin)};
-  a.grad_margin = need_student ? out.student.mutable_data_ptr() : nullptr;
-  a.grad_teacher = need_teacher && teacher ? out.teacher.mutable_data_ptr() : nullptr;
-  for_range(n, kSampleGrain, [&](int64_t begin, int64_t end) { MMKD_ON_ISA(bpr_kd_grads(a, begin, end)); });
-  return out;
+void take_scales(PairArgs& a, const Tensor& grad_bpr, const Tensor& grad_pair, const Tensor& margin) {
+  const double n = static_cast<double>(std::max<int64_t>(1, margin.numel()));
+  a.scale_bpr = scalar_of(grad_bpr, "grad_bpr", margin.scalar_type()) / n;
+  a.scale_pair = scalar_of(grad_pair, "grad_pair", margin.scalar_type()) / n;
 }
 
 std::tuple<Tensor, Tensor, Tensor> bpr_kd(Tensor user_emb, Tensor item_emb, Tensor users, Tensor pos, Tensor neg,
                                           OptTensor teacher_margin, double tau, bool bernoulli) {
-  check_batch(user_emb, item_emb, users, pos, neg);
+  MarginArgs m = margin_args(user_emb, item_emb, users, pos, neg);
   Tensor margin = empty({users.numel()}, user_emb, accumulate_type(user_emb.scalar_type()));
-  const MarginArgs a{dtype_of(user_emb),   user_emb.const_data_ptr(), item_emb.const_data_ptr(),
-                     data<int64_t>(users), data<int64_t>(pos),        data<int64_t>(neg),
-                     margin.mutable_data_ptr(), user_emb.size(1)};
-  for_range(users.numel(), kSampleGrain, [&](int64_t begin, int64_t end) { MMKD_ON_ISA(bpr_margins(a, begin, end)); });
-  auto [bpr, pair] = losses(margin, teacher_margin, tau, bernoulli);
+  m.margin = margin.mutable_data_ptr();
+  const PairArgs a = pair_args(margin, teacher_margin, tau, bernoulli);
+  bool good = true;
+  auto [bpr, pair] =
+      losses(a, margin, [&](int64_t b, int64_t e) { return MMKD_ON_ISA(bpr_margins(m, b, e)); }, good);
+  if (!good) fail_indices(m, users, pos, neg);
   return {bpr, pair, margin};
-}
-
-template <class A>
-Tensor user_grad(const A* c, const int64_t* users, const int64_t* pos, const int64_t* neg, int64_t n,
-                 const Tensor& item_emb, int64_t num_users) {
-  RowEntries<A> entries(2 * n);
-  for (int64_t b = 0; b < n; ++b) {
-    entries.target[2 * b] = entries.target[2 * b + 1] = users[b];
-    entries.source[2 * b] = pos[b];
-    entries.source[2 * b + 1] = neg[b];
-    entries.coef[2 * b] = c[b];
-    entries.coef[2 * b + 1] = -c[b];
-  }
-  return scatter_rows(entries, item_emb, num_users);
-}
-
-template <class A>
-Tensor item_grad(const A* c, const int64_t* users, const int64_t* pos, const int64_t* neg, int64_t n,
-                 const Tensor& user_emb, int64_t num_items) {
-  RowEntries<A> entries(2 * n);
-  for (int64_t b = 0; b < n; ++b) {
-    entries.target[2 * b] = pos[b];
-    entries.target[2 * b + 1] = neg[b];
-    entries.source[2 * b] = entries.source[2 * b + 1] = users[b];
-    entries.coef[2 * b] = c[b];
-    entries.coef[2 * b + 1] = -c[b];
-  }
-  return scatter_rows(entries, user_emb, num_items);
 }
 
 std::tuple<Tensor, Tensor, Tensor> bpr_kd_backward(Tensor grad_bpr, Tensor grad_pair, Tensor user_emb, Tensor item_emb,
                                                    Tensor users, Tensor pos, Tensor neg, Tensor margin,
                                                    OptTensor teacher_margin, double tau, bool bernoulli, bool need_user,
                                                    bool need_item, bool need_teacher) {
-  check_batch(user_emb, item_emb, users, pos, neg);
-  check_vector(margin, "margin", users.numel(), accumulate_type(user_emb.scalar_type()));
-  const MarginGrads g =
-      margin_grads(grad_bpr, grad_pair, margin, teacher_margin, tau, bernoulli, need_user || need_item, need_teacher);
-  Tensor grad_user = empty({0}, user_emb), grad_item = empty({0}, item_emb);
-  const auto tables = [&](const auto* c) {
-    const int64_t *u = data<int64_t>(users), *p = data<int64_t>(pos), *q = data<int64_t>(neg), n = users.numel();
-    if (need_user) grad_user = user_grad(c, u, p, q, n, item_emb, user_emb.size(0));
-    if (need_item) grad_item = item_grad(c, u, p, q, n, user_emb, item_emb.size(0));
-  };
-  if (margin.scalar_type() == ScalarType::Double) {
-    tables(data<double>(g.student));
-  } else {
-    tables(data<float>(g.student));
+  const MarginArgs m = margin_args(user_emb, item_emb, users, pos, neg);
+  check_type(margin, "margin", accumulate_type(user_emb.scalar_type()));
+  check_size(margin, "margin", 0, users.numel());
+  PairArgs a = pair_args(margin, teacher_margin, tau, bernoulli);
+  take_scales(a, grad_bpr, grad_pair, margin);
+  const int64_t n = users.numel(), blocks = num_blocks(n);
+  Tensor grad_teacher = empty({need_teacher && teacher_margin ? n : 0}, margin);
+  if (need_teacher && teacher_margin) a.grad_teacher = grad_teacher.mutable_data_ptr();
+  const bool need_tables = need_user || need_item;
+  const std::unique_ptr<char[]> weights(new char[need_tables ? 2 * n * (a.f64 ? 8 : 4) : 0]);
+  const std::unique_ptr<int64_t[]> items(new int64_t[need_tables ? 2 * n : 0]);  // [B, 2]: observed, other
+  if (need_tables) {
+    a.grad_pair = weights.get();
+    for (int64_t b = 0; b < n; ++b) items[2 * b] = m.pos[b], items[2 * b + 1] = m.neg[b];
   }
-  return {grad_user, grad_item, g.teacher};
-}
-
-void check_margin(const Tensor& margin) {
-  check_dim(margin, "margin", 1);
-  MMKD_CHECK(margin.scalar_type() == ScalarType::Float || margin.scalar_type() == ScalarType::Double,
-             "margin: expected float32 or float64, got ", torch::headeronly::toString(margin.scalar_type()));
-  MMKD_CHECK(margin.is_contiguous(), "margin: expected a contiguous tensor");
+  PairGrads grads(user_emb, item_emb, m.users, items.get(), n, 2, need_user, need_item);
+  const int64_t tasks = need_tables ? grads.tasks() : 0;
+  for_chunks(tasks + blocks, [&](int64_t c) {
+    if (c < tasks) return grads.group(c);
+    const int64_t begin = (c - tasks) * kSamples;
+    MMKD_ON_ISA(bpr_kd_grads(a, begin, std::min(n, begin + kSamples)));
+  });
+  if (!need_tables) return {empty({0}, user_emb), empty({0}, item_emb), grad_teacher};
+  if (!grads.good()) fail_indices(m, users, pos, neg);
+  auto [grad_user, grad_item] = grads.write(weights.get());
+  return {grad_user, grad_item, grad_teacher};
 }
 
 std::tuple<Tensor, Tensor> bpr_kd_scores(Tensor margin, OptTensor teacher_margin, double tau, bool bernoulli) {
-  check_margin(margin);
-  return losses(margin, teacher_margin, tau, bernoulli);
+  bool good = true;
+  return losses(pair_args(margin, teacher_margin, tau, bernoulli), margin, [](int64_t, int64_t) { return true; }, good);
 }
 
 std::tuple<Tensor, Tensor> bpr_kd_scores_backward(Tensor grad_bpr, Tensor grad_pair, Tensor margin,
                                                   OptTensor teacher_margin, double tau, bool bernoulli,
                                                   bool need_student, bool need_teacher) {
-  check_margin(margin);
-  const MarginGrads g =
-      margin_grads(grad_bpr, grad_pair, margin, teacher_margin, tau, bernoulli, need_student, need_teacher);
-  return {g.student, g.teacher};
+  PairArgs a = pair_args(margin, teacher_margin, tau, bernoulli);
+  take_scales(a, grad_bpr, grad_pair, margin);
+  const int64_t n = margin.numel();
+  Tensor grad = empty({need_student ? n : 0}, margin), grad_teacher = empty({need_teacher && teacher_margin ? n : 0}, margin);
+  if (need_student) a.grad_margin = grad.mutable_data_ptr();
+  if (need_teacher && teacher_margin) a.grad_teacher = grad_teacher.mutable_data_ptr();
+  for_chunks(num_blocks(n), [&](int64_t c) {
+    MMKD_ON_ISA(bpr_kd_grads(a, c * kSamples, std::min(n, (c + 1) * kSamples)));
+  });
+  return {grad, grad_teacher};
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// BPR and PairKD of a batch (spec section 4): margins from gathered rows, losses and coefficients from margins.
+// BPR and PairKD of a block of samples (spec section 4): margins from gathered rows, losses and coefficients from margins.
 #pragma once
 #include <stdint.h>
 
@@ -8,31 +8,34 @@
 namespace mmkd {
 
 struct MarginArgs {
-  DType dtype;            // of the tables
-  const void* user_emb;   // [U, d]
-  const void* item_emb;   // [I, d]
-  const int64_t* users;   // [B]
-  const int64_t* pos;     // [B]
-  const int64_t* neg;     // [B]
-  void* margin;           // [B] accumulator type
-  int64_t d;
+  DType dtype;           // of the tables
+  const void* user_emb;  // [num_users, d]
+  const void* item_emb;  // [num_items, d]
+  const int64_t* users;  // [B]
+  const int64_t* pos;    // [B]
+  const int64_t* neg;    // [B]
+  int64_t num_users, num_items, d;
+  void* margin;  // [B] accumulator type
 };
-MMKD_KERNEL(void bpr_margins(const MarginArgs& a, int64_t begin, int64_t end))
+// Margins of samples [begin, end). False if one of their indices is out of range: then nothing of theirs was read.
+MMKD_KERNEL(bool bpr_margins(const MarginArgs& a, int64_t begin, int64_t end))
 
 struct PairArgs {
-  bool f64;              // accumulator type: float64, else float32
-  const void* margin;    // [B]
-  const void* teacher;   // [B] or null
-  void* bpr;             // [B] losses of the samples (forward)
-  void* pair;            // [B]
-  void* grad_margin;     // [B] coefficients (backward), or null
-  void* grad_teacher;    // [B] or null
-  double scale_bpr;      // backward: incoming gradient / B
-  double scale_pair;
+  bool f64;             // accumulator type: float64, else float32
+  const void* margin;   // [B]
+  const void* teacher;  // [B] or null
   double tau;
   bool bernoulli;
+  double scale_bpr, scale_pair;  // backward: incoming gradient / B
+  void* grad_margin;             // [B] or null
+  void* grad_pair;               // [B, 2] or null: the coefficient of the observed item, and its negative for the other one
+  void* grad_teacher;            // [B] or null
 };
-MMKD_KERNEL(void bpr_kd_losses(const PairArgs& a, int64_t begin, int64_t end))
+struct PairLosses {
+  double bpr, pair;
+};
+// The sums of the losses of samples [begin, end).
+MMKD_KERNEL(PairLosses bpr_kd_losses(const PairArgs& a, int64_t begin, int64_t end))
 MMKD_KERNEL(void bpr_kd_grads(const PairArgs& a, int64_t begin, int64_t end))
 
 }  // namespace mmkd

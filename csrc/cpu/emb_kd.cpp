@@ -1,6 +1,6 @@
 // emb_kd on the CPU: one streaming pass forward, one backward.
 #include "cpu/emb_kd_kernel.h"
-#include "cpu/loss_tables.h"
+#include "cpu/losses.h"
 
 namespace mmkd {
 namespace {
@@ -32,11 +32,14 @@ EmbKDArgs args_of(const Tensor& student, const Tensor& teachers, double gamma) {
 std::tuple<Tensor, Tensor> emb_kd(Tensor student, Tensor teachers, double gamma) {
   EmbKDArgs a = args_of(student, teachers, gamma);
   const ScalarType acc = accumulate_type(student.scalar_type());
-  Tensor stats = empty({a.n, 1 + 2 * a.num_teachers}, student, acc), loss = empty({a.n}, student, acc);
+  Tensor stats = empty({a.n, 1 + 2 * a.num_teachers}, student, acc);
   a.stats = stats.mutable_data_ptr();
-  a.loss = loss.mutable_data_ptr();
-  for_range(a.n, kSampleGrain, [&](int64_t begin, int64_t end) { MMKD_ON_ISA(emb_kd_losses(a, begin, end)); });
-  return {mean_of(loss, a.n), stats};
+  const int64_t blocks = num_blocks(a.n);
+  const std::unique_ptr<double[]> sums(new double[blocks]);
+  for_chunks(blocks, [&](int64_t c) {
+    sums[c] = MMKD_ON_ISA(emb_kd_losses(a, c * kSamples, std::min(a.n, (c + 1) * kSamples)));
+  });
+  return {mean_of(sums.get(), blocks, a.n, stats, acc == ScalarType::Double), stats};
 }
 
 std::tuple<Tensor, Tensor> emb_kd_backward(Tensor grad, Tensor student, Tensor teachers, Tensor stats, double gamma,
@@ -51,8 +54,10 @@ std::tuple<Tensor, Tensor> emb_kd_backward(Tensor grad, Tensor student, Tensor t
   a.stats = stats.mutable_data_ptr();
   a.grad_student = need_student ? grad_student.mutable_data_ptr() : nullptr;
   a.grad_teachers = need_teachers ? grad_teachers.mutable_data_ptr() : nullptr;
-  a.scale = a.n ? scalar_of(grad) / static_cast<double>(a.n) : 0;
-  for_range(a.n, kSampleGrain, [&](int64_t begin, int64_t end) { MMKD_ON_ISA(emb_kd_grads(a, begin, end)); });
+  a.scale = a.n ? scalar_of(grad, "grad", stats.scalar_type()) / static_cast<double>(a.n) : 0;
+  for_chunks(num_blocks(a.n), [&](int64_t c) {
+    MMKD_ON_ISA(emb_kd_grads(a, c * kSamples, std::min(a.n, (c + 1) * kSamples)));
+  });
   return {grad_student, grad_teachers};
 }
 

@@ -1,7 +1,7 @@
 #include "cpu/emb_kd_kernel.h"
 
 #include "cpu/vec.h"
-#include "loss_math.h"
+#include "cpu/vmath.h"
 
 namespace mmkd {
 namespace MMKD_ISA {
@@ -53,26 +53,49 @@ MMKD_INLINE Cosine<A> cosine(A ee, A ef, A ff) {
   return {live, live ? ef / norms : A(0), norms};
 }
 
+// (1 - cos)^gamma for a vector of rows; a row of length 0 has cosine 0, a NaN row stays NaN.
+template <class A>
+MMKD_INLINE typename Vec<A>::V scaled_error(typename Vec<A>::V ee, typename Vec<A>::V ef, typename Vec<A>::V ff, A gamma) {
+  using V = typename Vec<A>::V;
+  const V zero{}, one = zero + A(1);
+  const auto dead = (ee <= zero) | (ff <= zero);
+  const V norms = Num<V>::sqrt(ee) * Num<V>::sqrt(ff);
+  const V rest = one - (dead ? zero : ef / (dead ? one : norms));
+  const V bounded = rest < zero ? zero : rest;
+  if (gamma == A(2)) return bounded * bounded;
+  V out;
+  for (int i = 0; i < Vec<A>::size; ++i) out[i] = raised(bounded[i], gamma);
+  return out;
+}
+
 template <class T>
-void losses_typed(const EmbKDArgs& a, int64_t begin, int64_t end) {
+double losses_typed(const EmbKDArgs& a, int64_t begin, int64_t end) {
   using A = Acc<T>;
-  const int64_t m_count = a.num_teachers, d = a.d;
-  for (int64_t i = begin; i < end; ++i) {
-    const T* e = static_cast<const T*>(a.student) + i * d;
-    A* stats = static_cast<A*>(a.stats) + i * (1 + 2 * m_count);
-    stats[0] = dot(e, e, d);
-    A loss = 0;
+  using V = typename Vec<A>::V;
+  constexpr int64_t lanes = Vec<A>::size;
+  const int64_t m_count = a.num_teachers, d = a.d, wide = 1 + 2 * m_count;
+  double total = 0;
+  for (int64_t i0 = begin; i0 < end; i0 += lanes) {
+    const int64_t count = end - i0 < lanes ? end - i0 : lanes;
+    const T* e = static_cast<const T*>(a.student) + i0 * d;
+    A* stats = static_cast<A*>(a.stats) + i0 * wide;
+    A own[lanes] = {};
+    for (int64_t i = 0; i < count; ++i) own[i] = stats[i * wide] = dot(e + i * d, e + i * d, d);
+    const V ee = Vec<A>::load(own);
+    V loss{};
     for (int64_t m = 0; m < m_count; ++m) {
-      A ef, ff;
-      dots(e, static_cast<const T*>(a.teachers) + (m * a.n + i) * d, d, ef, ff);
-      stats[1 + 2 * m] = ef;
-      stats[2 + 2 * m] = ff;
-      const A rest = 1 - cosine(stats[0], ef, ff).value;
-      // a NaN row must stay a NaN loss
-      loss += rest < 0 ? A(0) : raised(rest, static_cast<A>(a.gamma));
+      const T* f = static_cast<const T*>(a.teachers) + (m * a.n + i0) * d;
+      A ef[lanes] = {}, ff[lanes] = {};
+      for (int64_t i = 0; i < count; ++i) {
+        dots(e + i * d, f + i * d, d, ef[i], ff[i]);
+        stats[i * wide + 1 + 2 * m] = ef[i];
+        stats[i * wide + 2 + 2 * m] = ff[i];
+      }
+      loss += scaled_error<A>(ee, Vec<A>::load(ef), Vec<A>::load(ff), static_cast<A>(a.gamma));
     }
-    static_cast<A*>(a.loss)[i] = loss;
+    for (int64_t i = 0; i < count; ++i) total += static_cast<double>(loss[i]);
   }
+  return total;
 }
 
 // out = p * x + q * y
@@ -146,7 +169,7 @@ void grads_typed(const EmbKDArgs& a, int64_t begin, int64_t end) {
       return function<f16_t>(a, begin, end);  \
   }
 
-void emb_kd_losses(const EmbKDArgs& a, int64_t begin, int64_t end) { MMKD_BY_TYPE(losses_typed) }
+double emb_kd_losses(const EmbKDArgs& a, int64_t begin, int64_t end) { MMKD_BY_TYPE(losses_typed) }
 
 void emb_kd_grads(const EmbKDArgs& a, int64_t begin, int64_t end) { MMKD_BY_TYPE(grads_typed) }
 

@@ -12,14 +12,14 @@ struct EmbKDArgs {
   const void* student;   // [n, d]
   const void* teachers;  // [M, n, d]
   void* stats;           // [n, 1 + 2M] accumulator type: <e, e>, then <e, f>, <f, f> of each teacher
-  void* loss;            // [n] accumulator type (forward)
   void* grad_student;    // [n, d] or null (backward)
   void* grad_teachers;   // [M, n, d] or null
   int64_t n, d, num_teachers;
   double gamma;
   double scale;  // backward: incoming gradient / n
 };
-MMKD_KERNEL(void emb_kd_losses(const EmbKDArgs& a, int64_t begin, int64_t end))
+// The sum of the losses of rows [begin, end); their stats are written.
+MMKD_KERNEL(double emb_kd_losses(const EmbKDArgs& a, int64_t begin, int64_t end))
 MMKD_KERNEL(void emb_kd_grads(const EmbKDArgs& a, int64_t begin, int64_t end))
 
 }  // namespace mmkd

@@ -104,7 +104,7 @@ std::tuple<Tensor, Tensor> list_scores_backward(Tensor grad, Tensor user_emb, Te
   check_dim(grad, "grad", 2);
   check_scores(grad, "grad", accumulate_type(user_emb.scalar_type()), users.size(0), a.k);
   PairGrads grads(user_emb, item_emb, a.users, a.candidates, users.size(0), a.k, need_user, need_item);
-  for_chunks(PairGrads::kTasks, [&](int64_t t) { grads.group(t); });
+  for_chunks(grads.tasks(), [&](int64_t t) { grads.group(t); });
   if (!grads.good()) fail_indices(a, users, candidates);
   return grads.write(grad.const_data_ptr());
 }
@@ -143,7 +143,7 @@ std::tuple<Tensor, Tensor, Tensor> list_kd_backward(Tensor grad, Tensor user_emb
 
   PairGrads grads(user_emb, item_emb, s.users, s.candidates, batch, s.k, need_user, need_item);
   const Scratch scratch(a);
-  const int64_t tasks = need_tables ? PairGrads::kTasks : 0;
+  const int64_t tasks = need_tables ? grads.tasks() : 0;
   for_chunks(tasks + num_blocks(batch), [&](int64_t c) {
     if (c < tasks) return grads.group(c);
     const int64_t block = c - tasks, begin = block * kSamples;

@@ -8,18 +8,6 @@ namespace MMKD_ISA {
 namespace {
 
 template <class T>
-MMKD_INLINE void prefetch_row(const T* row, int64_t d) {
-  const char* p = reinterpret_cast<const char*>(row);
-  for (int64_t b = 0; b < d * static_cast<int64_t>(sizeof(T)) && b < 512; b += 64) __builtin_prefetch(p + b);
-}
-
-MMKD_INLINE bool in_range(const int64_t* index, int64_t n, int64_t bound) {
-  uint64_t worst = 0;
-  for (int64_t i = 0; i < n; ++i) worst = static_cast<uint64_t>(index[i]) > worst ? static_cast<uint64_t>(index[i]) : worst;
-  return n == 0 || worst < static_cast<uint64_t>(bound);
-}
-
-template <class T>
 bool scores_typed(const ListScoresArgs& a, int64_t begin, int64_t end) {
   const T* user_emb = static_cast<const T*>(a.user_emb);
   const T* item_emb = static_cast<const T*>(a.item_emb);

@@ -1,5 +1,8 @@
 // What the loss ops share: scalars in and out, and means whose order of summation is fixed.
 #pragma once
+#include <algorithm>
+#include <memory>
+
 #include "cpu/parallel.h"
 
 namespace mmkd {

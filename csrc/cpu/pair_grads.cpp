@@ -12,6 +12,7 @@ namespace {
 constexpr int kDigit = 11;  // widest radix digit, in bits
 constexpr int kPasses = (32 + kDigit - 1) / kDigit;
 constexpr int64_t kRowsAPiece = 1024;  // table rows a thread writes at a time
+constexpr int64_t kSortAPart = 2048;   // positions worth a thread of their own to sort
 
 bool in_range(const int64_t* index, int64_t n, int64_t bound) {
   uint64_t worst = 0;
@@ -26,104 +27,123 @@ std::unique_ptr<T[]> scratch(int64_t n) {
 
 }  // namespace
 
-RowGroups::RowGroups(int64_t n, int64_t num_rows)
-    : order(scratch<uint64_t>(n)), rows(scratch<uint32_t>(n)), starts(scratch<uint32_t>(n + 1)),
-      spare_(scratch<uint64_t>(n)), n_(n), num_rows_(num_rows) {
+RowGroups::RowGroups(int64_t n, int64_t num_rows, int64_t first, int64_t last)
+    : first(first), last(last), order(scratch<uint64_t>(n + 1)), rows(scratch<uint32_t>(n)),
+      starts(scratch<uint32_t>(n + 1)), spare_(scratch<uint64_t>(n + 1)), n_(n), num_rows_(num_rows) {
   starts[0] = 0;
 }
 
 // A stable radix sort by row, so that the positions of a row stay in the batch's order.
 bool RowGroups::build(const int64_t* index) {
-  const int bits = num_rows_ > 1 ? std::bit_width(static_cast<uint64_t>(num_rows_ - 1)) : 0;
+  const uint64_t span = static_cast<uint64_t>(last - first);
+  const int bits = span > 1 ? std::bit_width(span - 1) : 0;
   const int passes = (bits + kDigit - 1) / kDigit, digit = passes ? (bits + passes - 1) / passes : 0;
   const uint32_t mask = (1u << digit) - 1;
   uint32_t place[kPasses][1 << kDigit];
   for (int p = 0; p < passes; ++p) std::fill_n(place[p], 1 << digit, 0u);
+  uint64_t worst = 0;
+  int64_t n = 0;  // positions kept; written without a branch, one place more than there are
   for (int64_t i = 0; i < n_; ++i) {
-    const uint64_t row = static_cast<uint64_t>(index[i]);
-    if (row >= static_cast<uint64_t>(num_rows_)) return false;
-    order[i] = row << 32 | static_cast<uint64_t>(i);
-    for (int p = 0; p < passes; ++p) ++place[p][row >> (p * digit) & mask];
+    const uint64_t row = static_cast<uint64_t>(index[i]), local = row - static_cast<uint64_t>(first);
+    worst = std::max(worst, row);
+    order[n] = local << 32 | static_cast<uint64_t>(i);
+    n += local < span;
+  }
+  if (n_ && worst >= static_cast<uint64_t>(num_rows_)) return false;
+  for (int64_t i = 0; i < n; ++i) {
+    for (int p = 0; p < passes; ++p) ++place[p][order[i] >> (32 + p * digit) & mask];
   }
   for (int p = 0; p < passes; ++p) {
     uint32_t before = 0;
     for (uint32_t v = 0; v <= mask; ++v) before += std::exchange(place[p][v], before);
     const int shift = 32 + p * digit;
-    for (int64_t i = 0; i < n_; ++i) spare_[place[p][order[i] >> shift & mask]++] = order[i];
+    for (int64_t i = 0; i < n; ++i) spare_[place[p][order[i] >> shift & mask]++] = order[i];
     order.swap(spare_);
   }
   uint32_t last = 0;
-  for (int64_t i = 0; i < n_; ++i) {
+  for (int64_t i = 0; i < n; ++i) {
     const uint32_t row = static_cast<uint32_t>(order[i] >> 32);
     if (i == 0 || row != last) {
-      rows[count] = row;
+      rows[count] = row + static_cast<uint32_t>(first);
       starts[count++] = static_cast<uint32_t>(i);
     }
     last = row;
   }
-  starts[count] = static_cast<uint32_t>(n_);
+  starts[count] = static_cast<uint32_t>(n);
   return true;
 }
 
 PairGrads::PairGrads(const Tensor& user_emb, const Tensor& item_emb, const int64_t* users, const int64_t* candidates,
                      int64_t batch, int64_t fan, bool need_user, bool need_item)
     : user_emb_(user_emb), item_emb_(item_emb), users_(users), candidates_(candidates), batch_(batch), fan_(fan),
-      need_user_(need_user), need_item_(need_item), user_groups_(need_user ? batch : 0, user_emb.size(0)),
-      item_groups_(need_item ? batch * fan : 0, item_emb.size(0)) {}
+      need_user_(need_user), need_item_(need_item) {
+  const auto split = [](std::vector<RowGroups>& groups, int64_t n, int64_t rows) {
+    // Sorting a long index list is shared out by ranges of rows.
+    const int64_t parts = std::clamp<int64_t>(n / kSortAPart, 1, torch::stable::get_num_threads());
+    for (int64_t p = 0; p < parts; ++p) groups.emplace_back(n, rows, rows * p / parts, rows * (p + 1) / parts);
+  };
+  if (need_item) split(item_groups_, batch * fan, item_emb.size(0));
+  if (need_user) split(user_groups_, batch, user_emb.size(0));
+}
 
 void PairGrads::group(int64_t task) {
-  if (task == 0) {
-    good_[0] = need_item_ ? item_groups_.build(candidates_) : in_range(candidates_, batch_ * fan_, item_emb_.size(0));
+  const int64_t of_items = static_cast<int64_t>(item_groups_.size()), of_users = static_cast<int64_t>(user_groups_.size());
+  bool good = true;
+  if (task < of_items) {
+    good = item_groups_[task].build(candidates_);
+  } else if (task < of_items + of_users) {
+    good = user_groups_[task - of_items].build(users_);
+  } else if (task == of_items + of_users) {
+    good = need_item_ || in_range(candidates_, batch_ * fan_, item_emb_.size(0));
   } else {
-    good_[1] = need_user_ ? user_groups_.build(users_) : in_range(users_, batch_, user_emb_.size(0));
+    good = need_user_ || in_range(users_, batch_, user_emb_.size(0));
   }
+  if (!good) good_.store(false);
 }
 
 std::tuple<Tensor, Tensor> PairGrads::write(const void* weights) {
-  const int64_t d = user_emb_.size(1), pairs = batch_ * fan_;
+  const int64_t d = user_emb_.size(1);
   const int64_t acc = accumulate_type(user_emb_.scalar_type()) == ScalarType::Double ? 8 : 4;
-  const auto entry_id = scratch<uint32_t>(2 * pairs);
-  const auto entry_weight = scratch<char>(2 * pairs * acc);
-  const auto args = [&](const RowGroups& groups, const Tensor& table, const Tensor& source, Tensor& out) {
-    SumRowsArgs a{};
-    a.dtype = dtype_of(table);
-    a.d = d;
-    a.num_rows = table.size(0);
-    a.order = groups.order.get();
-    a.rows = groups.rows.get();
-    a.starts = groups.starts.get();
-    a.groups = groups.count;
-    a.source = source.const_data_ptr();
-    a.weight = weights;
-    a.entry_id = entry_id.get();
-    a.entry_weight = entry_weight.get();
-    a.out = out.mutable_data_ptr();
-    return a;
+  struct Piece {
+    SumRowsArgs args;
+    int64_t begin, end;
+  };
+  std::vector<Piece> pieces;
+  std::vector<std::unique_ptr<char[]>> entries;
+  const auto plan = [&](const std::vector<RowGroups>& all, const Tensor& table, const Tensor& source,
+                        const int64_t* source_id, int64_t fan, int64_t share, Tensor& out) {
+    for (const RowGroups& groups : all) {
+      const int64_t n = static_cast<int64_t>(groups.starts[groups.count]) * fan, rows = groups.last - groups.first;
+      SumRowsArgs a{};
+      a.dtype = dtype_of(table);
+      a.d = d;
+      a.order = groups.order.get();
+      a.rows = groups.rows.get();
+      a.starts = groups.starts.get();
+      a.groups = groups.count;
+      a.source = source.const_data_ptr();
+      a.source_id = source_id;
+      a.weight = weights;
+      a.fan = fan;
+      a.share = share;
+      entries.push_back(scratch<char>(n * 4));
+      a.entry_id = reinterpret_cast<uint32_t*>(entries.back().get());
+      entries.push_back(scratch<char>(n * acc));
+      a.entry_weight = entries.back().get();
+      a.out = out.mutable_data_ptr();
+      // Small tables are cut finer than the zeros alone would ask for: there the sums are the work.
+      const int64_t count = std::max((rows + kRowsAPiece - 1) / kRowsAPiece, std::min<int64_t>(rows, 1 + n / 512));
+      for (int64_t p = 0; p < count; ++p) {
+        pieces.push_back({a, groups.first + rows * p / count, groups.first + rows * (p + 1) / count});
+      }
+    }
   };
   Tensor grad_user = need_user_ ? empty({user_emb_.size(0), d}, user_emb_) : empty({0}, user_emb_);
   Tensor grad_item = need_item_ ? empty({item_emb_.size(0), d}, item_emb_) : empty({0}, item_emb_);
-  SumRowsArgs item = args(item_groups_, item_emb_, user_emb_, grad_item);
-  item.source_id = users_;
-  item.fan = 1;
-  item.share = fan_;
-  SumRowsArgs user = args(user_groups_, user_emb_, item_emb_, grad_user);
-  user.source_id = candidates_;
-  user.fan = fan_;
-  user.share = 1;
-  user.entry_id += pairs;
-  user.entry_weight = static_cast<char*>(user.entry_weight) + pairs * acc;
-
-  const auto pieces_of = [](bool need, int64_t rows, int64_t work) {
-    // Small tables are cut finer than the zeros alone would ask for: there the sums are the work.
-    return need ? std::max((rows + kRowsAPiece - 1) / kRowsAPiece, std::min<int64_t>(rows, 1 + work / 256)) : 0;
-  };
-  const int64_t item_pieces = pieces_of(need_item_, item.num_rows, pairs);
-  const int64_t user_pieces = pieces_of(need_user_, user.num_rows, pairs);
-  for_chunks(item_pieces + user_pieces, [&](int64_t c) {
-    const bool is_item = c < item_pieces;
-    const SumRowsArgs& a = is_item ? item : user;
-    const int64_t p = is_item ? c : c - item_pieces, pieces = is_item ? item_pieces : user_pieces;
-    MMKD_ON_ISA(sum_rows(a, a.num_rows * p / pieces, a.num_rows * (p + 1) / pieces));
+  plan(item_groups_, item_emb_, user_emb_, users_, 1, fan_, grad_item);
+  plan(user_groups_, user_emb_, item_emb_, candidates_, fan_, 1, grad_user);
+  for_chunks(static_cast<int64_t>(pieces.size()), [&](int64_t c) {
+    MMKD_ON_ISA(sum_rows(pieces[c].args, pieces[c].begin, pieces[c].end));
   });
   return {grad_user, grad_item};
 }

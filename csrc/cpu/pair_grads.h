@@ -1,21 +1,24 @@
 // Gradients of two embedding tables from a batch of weighted (user, item) pairs, without atomics: the batch is grouped by
 // the row it touches, and every row is summed in the batch's order and written once. Bit-equal for any number of threads.
 #pragma once
+#include <atomic>
 #include <memory>
 #include <tuple>
+#include <vector>
 
 #include "cpu/losses.h"
 
 namespace mmkd {
 
-// The positions of an index list, grouped by the row they name.
+// The positions of an index list that name a row of [first, last), grouped by that row.
 class RowGroups {
  public:
-  RowGroups(int64_t n, int64_t num_rows);
+  RowGroups(int64_t n, int64_t num_rows, int64_t first, int64_t last);
   // False, and nothing usable, if an index is outside [0, num_rows). Allocates nothing, throws nothing.
   bool build(const int64_t* index);
 
-  std::unique_ptr<uint64_t[]> order;         // [n] row << 32 | position, sorted
+  int64_t first, last;                       // the range of rows
+  std::unique_ptr<uint64_t[]> order;         // row << 32 | position, sorted
   std::unique_ptr<uint32_t[]> rows, starts;  // [count], [count + 1]
   int64_t count = 0;
 
@@ -31,11 +34,11 @@ class PairGrads {
   PairGrads(const Tensor& user_emb, const Tensor& item_emb, const int64_t* users, const int64_t* candidates,
             int64_t batch, int64_t fan, bool need_user, bool need_item);
 
-  // Grouping, for the caller to run beside his own work: group(t) for t in [0, kTasks), in any order or at once.
-  static constexpr int64_t kTasks = 2;
+  // Grouping, for the caller to run beside his own work: group(t) for t in [0, tasks()), in any order or at once.
+  int64_t tasks() const { return static_cast<int64_t>(item_groups_.size() + user_groups_.size()) + 2; }
   void group(int64_t task);
   // Whether every index was in range; write() may only be called if so.
-  bool good() const { return good_[0] && good_[1]; }
+  bool good() const { return good_.load(); }
 
   // weights: [batch, fan], accumulator type. Gradients in the tables' dtype; empty where not needed.
   std::tuple<Tensor, Tensor> write(const void* weights);
@@ -45,8 +48,8 @@ class PairGrads {
   const int64_t *users_, *candidates_;
   int64_t batch_, fan_;
   bool need_user_, need_item_;
-  bool good_[kTasks] = {false, false};
-  RowGroups user_groups_, item_groups_;
+  std::atomic<bool> good_{true};
+  std::vector<RowGroups> item_groups_, user_groups_;
 };
 
 }  // namespace mmkd

@@ -3,7 +3,7 @@
 #include <vector>
 
 #include "cpu/parallel.h"
-#include "cpu/spmm.h"
+#include "cpu/spmm_kernel.h"
 
 namespace mmkd {
 namespace {
@@ -397,8 +397,6 @@ Tensor propagate_backward(Tensor rowptr, Tensor col, Tensor scale, Tensor grad, 
 }
 
 }  // namespace
-
-void run_spmm(const SpmmArgs& args) { run({args.rowptr, args.col, args.col64, args.num_rows, args.nnz}, args, args.num_rows); }
 
 }  // namespace mmkd
 

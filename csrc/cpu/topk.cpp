@@ -3,11 +3,11 @@
 #include "cpu/topk_kernel.h"
 
 #include <algorithm>
+#include <bit>
 #include <limits>
 #include <vector>
 
-#include "cpu/parallel.h"
-#include "cpu/scatter.h"
+#include "cpu/losses.h"
 
 namespace mmkd {
 namespace {
@@ -32,12 +32,33 @@ struct Exclusion {
   }
 };
 
+// A score and its item as one value whose order is the ranking's: higher score first, equal scores by lower id.
 template <class A>
-struct Candidate {
-  A score;
+struct Candidate;
+template <>
+struct Candidate<double> {
+  double score;
   int64_t item;
-  // Better first; equal scores by lower id.
+  static Candidate of(double score, int64_t item) { return {score, item}; }
   bool operator<(const Candidate& o) const { return score != o.score ? score > o.score : item < o.item; }
+  double score_of() const { return score; }
+  int64_t item_of() const { return item; }
+};
+// One 64-bit number: the score's bits, mapped so that integers order like floats, above the item.
+template <>
+struct Candidate<float> {
+  uint64_t key;  // ascending: best first
+  static Candidate of(float score, int64_t item) {
+    const uint32_t u = std::bit_cast<uint32_t>(score + 0.0f);  // -0 is 0
+    const uint32_t rising = u & 0x80000000u ? ~u : u | 0x80000000u;
+    return {static_cast<uint64_t>(~rising) << 32 | static_cast<uint32_t>(item)};
+  }
+  bool operator<(const Candidate& o) const { return key < o.key; }
+  float score_of() const {
+    const uint32_t rising = ~static_cast<uint32_t>(key >> 32);
+    return std::bit_cast<float>(rising & 0x80000000u ? rising & 0x7fffffffu : ~rising);
+  }
+  int64_t item_of() const { return static_cast<uint32_t>(key); }
 };
 
 // The best k of one user so far, kept as an unordered buffer that is cut back to k when it is full.
@@ -49,13 +70,17 @@ class Best {
     kept_.clear();
     kept_.reserve(static_cast<size_t>(capacity()));
     exclusion.row(user, excluded_);
+    next_ = excluded_.data();
     floor = -std::numeric_limits<A>::infinity();
   }
 
   // Items come in ascending order, so one that only equals the floor loses to those that set it.
   void offer(A score, int64_t item) {
-    if (!(score > floor) || std::binary_search(excluded_.begin(), excluded_.end(), item)) return;
-    kept_.push_back({score, item});
+    if (!(score > floor)) return;
+    const int64_t* const end = excluded_.data() + excluded_.size();
+    while (next_ != end && *next_ < item) ++next_;
+    if (next_ != end && *next_ == item) return;
+    kept_.push_back(Candidate<A>::of(score, item));
     if (static_cast<int64_t>(kept_.size()) == capacity()) cut();
   }
 
@@ -64,8 +89,8 @@ class Best {
     std::sort(kept_.begin(), kept_.end());
     for (int64_t i = 0; i < k_; ++i) {
       const bool there = i < static_cast<int64_t>(kept_.size());
-      scores[i] = there ? kept_[i].score : -std::numeric_limits<A>::infinity();
-      items[i] = there ? kept_[i].item : -1;
+      scores[i] = there ? kept_[i].score_of() : -std::numeric_limits<A>::infinity();
+      items[i] = there ? kept_[i].item_of() : -1;
     }
   }
 
@@ -76,12 +101,13 @@ class Best {
   void cut() {
     std::nth_element(kept_.begin(), kept_.begin() + (k_ - 1), kept_.end());
     kept_.resize(static_cast<size_t>(k_));
-    floor = kept_[k_ - 1].score;
+    floor = kept_[k_ - 1].score_of();
   }
 
   int64_t k_ = 0;
   std::vector<Candidate<A>> kept_;
   std::vector<int64_t> excluded_;
+  const int64_t* next_ = nullptr;  // the first excluded item that is not behind those offered
 };
 
 template <class A>
@@ -109,7 +135,7 @@ void rank(const Problem<A>& p, const int64_t* ids, int64_t count, Best<A>* best,
   for (int64_t i = 0; i < count; ++i) best[i].start(p.k, ids[i], p.exclusion);
   const int64_t block = std::max<int64_t>(1, kPanelBytes / std::max<int64_t>(1, p.d * p.width * static_cast<int64_t>(sizeof(A))));
   A tile[kTileUsers * kMostPanel], floors[kTileUsers];
-  TopkTile t{std::is_same_v<A, double>, {}, nullptr, floors, tile, p.d};
+  TopkTile t{std::is_same_v<A, double>, {}, nullptr, floors, tile, {}, p.d};
   for (int64_t first = 0; first < p.panels; first += block) {
     for (int64_t group = 0; group < count; group += kTileUsers) {
       const int64_t here = std::min<int64_t>(kTileUsers, count - group);
@@ -119,12 +145,14 @@ void rank(const Problem<A>& p, const int64_t* ids, int64_t count, Best<A>* best,
       }
       for (int64_t panel = first; panel < std::min(first + block, p.panels); ++panel) {
         t.panel = p.packed.data() + panel * p.d * p.width;
-        const uint32_t hit = MMKD_ON_ISA(topk_tile(t));
-        if (!hit) continue;
+        if (!MMKD_ON_ISA(topk_tile(t))) continue;
         const int64_t base = panel * p.width, wide = std::min(p.width, p.num_items - base);
+        const uint32_t there = static_cast<uint32_t>((uint64_t{1} << wide) - 1);  // the last panel is padded
         for (int64_t r = 0; r < here; ++r) {
-          if (!(hit >> r & 1u)) continue;
-          for (int64_t c = 0; c < wide; ++c) best[group + r].offer(tile[r * p.width + c], base + c);
+          for (uint32_t left = t.above[r] & there; left; left &= left - 1) {
+            const int c = std::countr_zero(left);
+            best[group + r].offer(tile[r * p.width + c], base + c);
+          }
           floors[r] = best[group + r].floor;
         }
       }
@@ -176,12 +204,14 @@ std::tuple<Tensor, Tensor> topk(Tensor user_emb, Tensor item_emb, int64_t k, Opt
   MMKD_CHECK(k >= 1, "k: expected >= 1, got ", k);
   MMKD_CHECK(rowptr.has_value() == col.has_value(), "exclude: expected both rowptr and col, or neither");
   const int64_t num_users = user_emb.size(0), num_items = item_emb.size(0);
+  MMKD_CHECK(num_items <= UINT32_MAX, "item_emb: expected up to 2^32 - 1 rows, got ", num_items);
   Exclusion exclusion;
   if (rowptr) exclusion = exclusion_of(*rowptr, *col, num_users, num_items);
   std::vector<int64_t> everyone;
   if (users) {
     check_dim(*users, "users", 1);
-    check_ids(*users, "users", num_users);
+    check_index(*users, "users", 1, users->size(0));
+    check_entries(*users, "users", num_users);
   } else {
     everyone.resize(num_users);
     for (int64_t u = 0; u < num_users; ++u) everyone[u] = u;

@@ -14,13 +14,14 @@ struct TopkTile {
   const void* users[kTileUsers];  // rows of d numbers
   const void* panel;              // [d, panel_width]: the items' columns side by side
   const void* floors;             // [kTileUsers]; a score counts only above its user's
-  void* scores;                   // [kTileUsers, panel_width], written where a score counts
+  void* scores;                   // [kTileUsers, panel_width], a user's row is written where one of his scores counts
+  uint32_t above[kTileUsers];     // out: bit i of a user's word: item i of the panel scores above his floor
   int64_t d;
 };
 
 // Items per panel of this instruction set.
 MMKD_KERNEL(int topk_panel_width(bool f64))
-// Bit u of the result: user u has a score above his floor, and his row of `scores` is written.
-MMKD_KERNEL(uint32_t topk_tile(const TopkTile& t))
+// Whether any user has a score above his floor.
+MMKD_KERNEL(bool topk_tile(TopkTile& t))
 
 }  // namespace mmkd

@@ -171,15 +171,38 @@ struct Vec<f16_t> {
 template <class T>
 using Acc = typename Element<T>::Acc;
 
-// Sum of a vector's lanes, in a fixed order.
-template <class T>
-MMKD_INLINE Acc<T> lane_sum(typename Vec<T>::V v) {
-  Acc<T> lanes[Vec<T>::size];
+// Sum of a vector's lanes, in a fixed order: halves are added until one lane is left.
+template <class A, class V>
+MMKD_INLINE A halves_sum(V v) {
+  A lanes[sizeof(V) / sizeof(A)];
   memcpy(lanes, &v, sizeof v);
-  for (int n = Vec<T>::size / 2; n >= 1; n /= 2) {
-    for (int i = 0; i < n; ++i) lanes[i] += lanes[i + n];
+  for (unsigned n = sizeof(V) / sizeof(A) / 2; n >= 1; n /= 2) {
+    for (unsigned i = 0; i < n; ++i) lanes[i] += lanes[i + n];
   }
   return lanes[0];
+}
+MMKD_INLINE float lanes_added(vf v) {
+#if defined(MMKD_ISA_avx512)
+  return _mm512_reduce_add_ps(reinterpret_cast<__m512>(v));
+#elif defined(MMKD_ISA_avx2)
+  const __m256 w = reinterpret_cast<__m256>(v);
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(w), _mm256_extractf128_ps(w, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#else
+  return halves_sum<float>(v);
+#endif
+}
+MMKD_INLINE double lanes_added(vd v) {
+#if defined(MMKD_ISA_avx512)
+  return _mm512_reduce_add_pd(reinterpret_cast<__m512d>(v));
+#else
+  return halves_sum<double>(v);
+#endif
+}
+template <class T>
+MMKD_INLINE Acc<T> lane_sum(typename Vec<T>::V v) {
+  return lanes_added(v);
 }
 
 // Inner product of two rows of length d. Four chains hide the latency of the multiply-add.
@@ -198,6 +221,20 @@ MMKD_INLINE Acc<T> dot(const T* a, const T* b, int64_t d) {
   Acc<T> sum = lane_sum<T>((s0 + s1) + (s2 + s3));
   for (; c < d; ++c) sum += Element<T>::load(a + c) * Element<T>::load(b + c);
   return sum;
+}
+
+// The first 512 bytes of a row, on their way into the cache.
+template <class T>
+MMKD_INLINE void prefetch_row(const T* row, int64_t d) {
+  const char* p = reinterpret_cast<const char*>(row);
+  for (int64_t b = 0; b < d * static_cast<int64_t>(sizeof(T)) && b < 512; b += 64) __builtin_prefetch(p + b);
+}
+
+// Whether every index lies in [0, bound).
+MMKD_INLINE bool in_range(const int64_t* index, int64_t n, int64_t bound) {
+  uint64_t worst = 0;
+  for (int64_t i = 0; i < n; ++i) worst = static_cast<uint64_t>(index[i]) > worst ? static_cast<uint64_t>(index[i]) : worst;
+  return n == 0 || worst < static_cast<uint64_t>(bound);
 }
 
 }  // namespace MMKD_ISA

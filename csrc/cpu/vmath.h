@@ -83,7 +83,13 @@ struct VectorNum {
   }
 };
 template <>
-struct Num<vf> : VectorNum<vf> {};
+struct Num<vf> : VectorNum<vf> {
+#if defined(MMKD_ISA_avx512)
+  static MMKD_INLINE vf sqrt(vf x) { return reinterpret_cast<vf>(_mm512_sqrt_ps(reinterpret_cast<__m512>(x))); }
+#elif defined(MMKD_ISA_avx2)
+  static MMKD_INLINE vf sqrt(vf x) { return reinterpret_cast<vf>(_mm256_sqrt_ps(reinterpret_cast<__m256>(x))); }
+#endif
+};
 template <>
 struct Num<vd> : VectorNum<vd> {};
 
