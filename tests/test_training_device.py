@@ -60,7 +60,9 @@ def test_every_step_keeps_to_the_gpu(dataset, amp, norm, monkeypatch):
     """A tensor left on the CPU by any step, forward or backward, is an error of the fake tensors."""
     c, graph, compute = config(amp=amp, prompt={"norm": norm}), dataset.graph(), torch.bfloat16 if amp else None
     tables = [FeatureTable(name, x) for name, x in dataset.features.items()]
-    teacher = Teacher(graph, tables, Prompt(torch.randn(dataset.num_items, c.dim)), layers=2, norm=norm, compute=compute)
+    teacher = Teacher(
+        graph, tables, Prompt(torch.randn(dataset.num_items, c.dim)), layers=2, norm=norm, compute=compute
+    )
     frozen, nodes = FrozenTeacher(teacher), torch.arange(100, 110)
     table = initial_table(graph.num_nodes, c.dim, "xavier", None)
     weights = torch.ones(len(tables))

@@ -40,9 +40,7 @@ class LightGCN(nn.Module):
         ``forward()`` gives ``[N, d]``; ``forward(rows)`` only those rows, ``[len(rows), d]``.
     """
 
-    def __init__(
-        self, graph: BipartiteGraph, table: Tensor, layers: int, compute: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, graph: BipartiteGraph, table: Tensor, layers: int, compute: torch.dtype | None = None) -> None:
         super().__init__()
         if table.ndim != 2 or table.shape[0] != graph.num_nodes:
             raise ValueError(f"table: expected [{graph.num_nodes}, d] (users, then items), got {tuple(table.shape)}")

@@ -179,7 +179,9 @@ def case_non_contiguous_inputs_are_taken():
     rowptr, col = csr(9, 11, 200)
     wide = torch.randn(11, 128)
     for x in (wide[:, ::2], wide.T.contiguous().T[:, :64], torch.randn(11, 1).expand(11, 64)):
-        within(ops.spmm(rowptr, col, x), reference.spmm(rowptr, col, x), reference.spmm(rowptr, col, x.double()), x.dtype)
+        within(
+            ops.spmm(rowptr, col, x), reference.spmm(rowptr, col, x), reference.spmm(rowptr, col, x.double()), x.dtype
+        )
 
 
 def case_out_of_range_stops_the_kernel():
