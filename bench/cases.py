@@ -62,6 +62,11 @@ class Batch:
     def neg(self) -> torch.Tensor:
         return self.candidates[:, 1].contiguous()
 
+    def to(self, device: str) -> Batch:
+        """The same batch on another device, the tables as leaves."""
+        moved = {k: v.detach().to(device) for k, v in vars(self).items()}
+        return Batch(moved.pop("user_emb").requires_grad_(), moved.pop("item_emb").requires_grad_(), **moved)
+
     def compact(self) -> Batch:
         """Only the rows the batch touches, with local indices: what `propagate(rows=...)` hands to the losses."""
         rows_u, users = self.users.unique(return_inverse=True)

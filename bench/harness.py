@@ -81,6 +81,16 @@ def peak_extra_mb(fn: Callable[[], object]) -> float:
     return (read("VmHWM") - before) / 1024
 
 
+def _gpu_copy() -> float | None:
+    if not torch.cuda.is_available():
+        return None
+    import gpu
+
+    source = torch.empty(1 << 28, device="cuda")
+    target = torch.empty_like(source)
+    return round(2 * source.numel() * 4 / min(gpu.interleaved({"c": lambda: target.copy_(source)}, 7)["c"]) / 1e6, 1)
+
+
 @lru_cache(maxsize=1)
 def machine() -> dict:
     """What the numbers were measured on, with this machine's own copy bandwidth and GEMM rate."""
@@ -105,6 +115,7 @@ def machine() -> dict:
         "commit": commit.stdout.strip() or "unknown",
         "copy_gbps": round(2 * source.numel() * 4 / copy / 1e6, 1),
         "gemm_gflops": round(2 * n**3 / gemm / 1e6, 1),
+        "gpu_copy_gbps": _gpu_copy(),
         "date": time.strftime("%Y-%m-%d"),
     }
 
@@ -120,8 +131,10 @@ def compare(
     targets: dict[str, float] | None = None,
     rounds: int = ROUNDS,
     memory: bool = False,
+    interleaved: Callable[..., dict[str, list[float]]] = interleaved,
+    peak: Callable[[Callable[[], object]], float] = peak_extra_mb,
 ) -> Row:
-    """Measures and records one row. A rival given as None is listed as absent."""
+    """Measures and records one row. A rival given as None is listed as absent. On a GPU `bench/gpu.py` is the clock."""
     present = {name: fn for name, fn in rivals.items() if fn is not None}
     times = interleaved({"ours": ours, **present}, rounds)
     median = {name: statistics.median(t) for name, t in times.items()}
@@ -132,7 +145,7 @@ def compare(
         {name: median[name] / median["ours"] for name in present},
         gbps=moved_bytes / median["ours"] / 1e6 if moved_bytes else None,
         gflops=flops / median["ours"] / 1e6 if flops else None,
-        peak_mb={name: peak_extra_mb(fn) for name, fn in {"ours": ours, **present}.items()} if memory else {},
+        peak_mb={name: peak(fn) for name, fn in {"ours": ours, **present}.items()} if memory else {},
         target=targets or {},
     )  # fmt: skip
     ROWS.append(row)
@@ -166,6 +179,7 @@ def table() -> str:
     lines = [
         f"{where['cpu']}, {where['threads']} threads, {where['isa']}; torch {where['torch']}; copy {where['copy_gbps']} GB/s, "
         f"GEMM {where['gemm_gflops']} GFLOP/s; commit {where['commit']}",
+        *([f"{where['gpu']}, copy {where['gpu_copy_gbps']} GB/s"] if where["gpu"] else []),
         f"{'op':<16}{'case':<44}{'ours ms':>9} {'±':>6}  {'GB/s':>7}{'GFLOP/s':>9}  rivals: ms (ratio) [target]",
     ]
     for r in ROWS:

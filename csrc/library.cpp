@@ -23,13 +23,17 @@ STABLE_TORCH_LIBRARY(mmkd, m) {
   m.def("set_cpu_isa(str name) -> str");
   m.def(
       "spmm(Tensor rowptr, Tensor col, Tensor x, Tensor? value, Tensor? row_scale, Tensor? col_scale, "
-      "Tensor? t_rowptr, Tensor? t_col) -> Tensor");
+      "Tensor? t_rowptr, Tensor? t_col, Tensor? plan=None, Tensor? t_plan=None) -> Tensor");
+  // How the GPU kernels cut a matrix's rows into even work; what is in it is theirs.
+  m.def("spmm_plan(Tensor rowptr, int nnz) -> Tensor");
   m.def("sddmm(Tensor rowptr, Tensor col, Tensor a, Tensor b, Tensor? row_scale, Tensor? col_scale) -> Tensor");
   m.def("csr_transpose(Tensor rowptr, Tensor col, int num_cols) -> (Tensor, Tensor, Tensor)");
-  m.def("propagate(Tensor rowptr, Tensor col, Tensor scale, Tensor x, int num_layers, Tensor? rows) -> Tensor");
   m.def(
-      "propagate_backward(Tensor rowptr, Tensor col, Tensor scale, Tensor grad, int num_layers, Tensor? rows) -> "
-      "Tensor");
+      "propagate(Tensor rowptr, Tensor col, Tensor scale, Tensor x, int num_layers, Tensor? rows, Tensor? plan=None) "
+      "-> Tensor");
+  m.def(
+      "propagate_backward(Tensor rowptr, Tensor col, Tensor scale, Tensor grad, int num_layers, Tensor? rows, "
+      "Tensor? plan=None) -> Tensor");
   // Losses are scalars in the accumulator type. A gradient that is not needed comes back as an empty tensor.
   m.def(
       "bpr_kd(Tensor user_emb, Tensor item_emb, Tensor users, Tensor pos, Tensor neg, Tensor? teacher_margin, "

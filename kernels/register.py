@@ -11,6 +11,7 @@ OPS = {
     "spmm": spmm.spmm,
     "sddmm": spmm.sddmm,
     "csr_transpose": spmm.csr_transpose,
+    "spmm_plan": spmm.spmm_plan,
     "propagate": spmm.propagate,
     "propagate_backward": spmm.propagate_backward,
     "bpr_kd": bpr_kd.bpr_kd,

@@ -134,6 +134,18 @@ launch.tuned(_sddmm, _SHAPES[::2], ["d"])
 launch.tuned(_mark_neighbours, [triton.Config({"BLOCK_E": 128}, num_warps=1)], [])
 
 
+def spmm_plan(rowptr: Tensor, nnz: int) -> Tensor:
+    """What `plan` gives as one tensor, to be kept with the graph; empty where no row can be that long."""
+    cut = plan(rowptr, nnz)
+    return rowptr.new_empty(0) if cut is None else torch.cat(cut)
+
+
+def _cut(rowptr: Tensor, nnz: int, kept: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    if kept is None or nnz <= SPLIT or rowptr.numel() < 2:
+        return plan(rowptr, nnz)
+    return kept[: nnz // SPLIT], kept[nnz // SPLIT :]
+
+
 def plan(rowptr: Tensor, nnz: int) -> tuple[Tensor, Tensor] | None:
     """How rows longer than SPLIT are cut: `(piece_row [nnz // SPLIT], piece_end [n])`. Pieces of row r are numbered
     `piece_end[r-1] .. piece_end[r]-1`; unused pieces have row n. None where no row can be that long."""
@@ -184,10 +196,12 @@ def spmm(
     col_scale: Tensor | None,
     t_rowptr: Tensor | None,
     t_col: Tensor | None,
+    plan: Tensor | None = None,
+    t_plan: Tensor | None = None,
 ) -> Tensor:
     """`out[r] = row_scale[r] * sum_j value[j] * col_scale[col[j]] * x[col[j]]`. The transpose is for the backward."""
     launch.check_index(col, x.shape[0], "col")
-    return product(rowptr, col, x, value, row_scale, col_scale, plan(rowptr, col.numel()))
+    return product(rowptr, col, x, value, row_scale, col_scale, _cut(rowptr, col.numel(), plan))
 
 
 def entry_rows(rowptr: Tensor, nnz: int) -> Tensor:
@@ -234,7 +248,15 @@ def _neighbours(rowptr: Tensor, col: Tensor, rows: Tensor, flags: Tensor) -> Ten
     return flags
 
 
-def propagate(rowptr: Tensor, col: Tensor, scale: Tensor, x: Tensor, num_layers: int, rows: Tensor | None) -> Tensor:
+def propagate(
+    rowptr: Tensor,
+    col: Tensor,
+    scale: Tensor,
+    x: Tensor,
+    num_layers: int,
+    rows: Tensor | None,
+    plan: Tensor | None = None,
+) -> Tensor:
     """`1/(L+1) * sum_l Â^l x` in Horner's form, `h <- x + Â h`; the last layer for `rows` only, the one before for
     their neighbours only."""
     launch.check_index(col, x.shape[0], "col")
@@ -242,7 +264,7 @@ def propagate(rowptr: Tensor, col: Tensor, scale: Tensor, x: Tensor, num_layers:
         launch.check_index(rows, x.shape[0], "rows")
     if num_layers == 0:
         return x.clone() if rows is None else x[rows]
-    cut, h = plan(rowptr, col.numel()), x
+    cut, h = _cut(rowptr, col.numel(), plan), x
     for layer in range(1, num_layers + 1):
         needed = None
         if rows is not None and layer == num_layers:
@@ -255,16 +277,22 @@ def propagate(rowptr: Tensor, col: Tensor, scale: Tensor, x: Tensor, num_layers:
 
 
 def propagate_backward(
-    rowptr: Tensor, col: Tensor, scale: Tensor, grad: Tensor, num_layers: int, rows: Tensor | None
+    rowptr: Tensor,
+    col: Tensor,
+    scale: Tensor,
+    grad: Tensor,
+    num_layers: int,
+    rows: Tensor | None,
+    plan: Tensor | None = None,
 ) -> Tensor:
     """Â is symmetric: the same operator, and with `rows` its first layer gathers from them only."""
     if rows is None:
-        return propagate(rowptr, col, scale, grad, num_layers, None)
+        return propagate(rowptr, col, scale, grad, num_layers, None, plan)
     launch.check_index(rows, scale.shape[0], "rows")
     wide = grad.to(launch.accumulate_type(grad.dtype))  # repeated rows add up before anything is rounded
     g = wide.new_zeros(scale.shape[0], grad.shape[1]).index_add(0, rows, wide)
     h, source = g, _flags(rows, scale.shape[0])
-    cut = plan(rowptr, col.numel())
+    cut = _cut(rowptr, col.numel(), plan)
     for layer in range(1, num_layers + 1):
         divisor = num_layers + 1 if layer == num_layers else 1
         h = product(rowptr, col, h, None, scale, scale, cut, add=g, divisor=divisor, source=source)

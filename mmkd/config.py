@@ -133,6 +133,9 @@ class Config(_Section):
     dim: int = Field(64, ge=1, le=4096, description="d, width of all embeddings")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of everything random")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA when torch has it")
+    amp: Literal["bf16"] | None = Field(
+        None, description="bf16: tables are rounded for training's propagation and losses; empty: float32 throughout"
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads; empty: torch's own choice")
     prompt: PromptConfig = Field(default_factory=PromptConfig, description="prompt module")
     teacher: TeacherConfig = Field(default_factory=TeacherConfig, description="first stage")

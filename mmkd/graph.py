@@ -118,14 +118,17 @@ class BipartiteGraph:
         return self._half(x, impl, user_side=False)
 
     def _half(self, x: Tensor, impl: str, user_side: bool) -> Tensor:
-        from mmkd.ops.spmm import spmm
+        from mmkd import backends
+        from mmkd.ops.spmm import plan_of, spmm
 
         scale = self.scale_as(x.dtype)
+        impl = backends.resolve("spmm", x, impl)
         r, rt = (self.user_rowptr, self.user_col), (self.item_rowptr, self.item_col)
+        plans = plan_of(self, "users", impl), plan_of(self, "items", impl)
         row, col = scale[: self.num_users], scale[self.num_users :]
         if not user_side:
-            r, rt, row, col = rt, r, col, row
-        return spmm(*r, x, row_scale=row, col_scale=col, transpose=rt, impl=impl)
+            r, rt, row, col, plans = rt, r, col, row, plans[::-1]
+        return spmm(*r, x, row_scale=row, col_scale=col, transpose=rt, plans=plans, impl=impl)
 
     def to(self, device: torch.device | str) -> BipartiteGraph:
         """The same graph with its tensors on `device`."""

@@ -82,7 +82,7 @@ def works(users: int, items: int, edges: int) -> list[Work]:
     tables = nodes * row
     layer = Work("spmm (one layer)", 2 * tables + nnz * 4 + nodes * 12, nnz * (row + 4), tables, 2 * nnz * DIM, 3)
     both = [
-        Work("propagate L=2 " + way, 2 * (layer.stream + tables), 2 * layer.gather, tables, 2 * layer.flops, 5)
+        Work("propagate L=2 " + way, 2 * (layer.stream + tables), 2 * layer.gather, tables, 2 * layer.flops, 4)
         for way in ("forward", "backward")
     ]
     pair, lists = 3 * BATCH * row, (LIST + 1) * BATCH * row
@@ -91,11 +91,11 @@ def works(users: int, items: int, edges: int) -> list[Work]:
     return [
         layer,
         *both,
-        Work("bpr_kd forward", pair, launches=4),
+        Work("bpr_kd forward", pair, launches=2),
         Work("bpr_kd backward", pair + zeroed, 2 * pair, tables, launches=3),
-        Work("list_kd forward", lists + logits, launches=3),
+        Work("list_kd forward", lists + logits, launches=2),
         Work("list_kd backward", lists + logits + zeroed, 2 * lists, tables, launches=3),
-        Work("emb_kd forward", items * row * (1 + MODALITIES), launches=3),
+        Work("emb_kd forward", items * row * (1 + MODALITIES), launches=2),
         Work("emb_kd backward", items * row * 2 * (1 + MODALITIES), launches=1),
         Work("topk k=20, all users", tables + users * 20 * 12, flops=2.0 * users * items * DIM, launches=2),
     ]
@@ -145,57 +145,68 @@ def predictions() -> list[str]:
     return lines
 
 
-def cuda_table(rows: list[dict]) -> list[str]:
-    """One line per kernel and configuration; architectures side by side where they differ."""
-    grouped: dict[tuple, list[dict]] = {}
+def _lines(rows: list[dict]) -> list[list[dict]]:
+    """Rows of one kernel and configuration side by side, one per architecture. A second row for an architecture is the
+    same kernel with fewer inputs: it begins a line of its own."""
+    lines: dict[tuple, list[dict]] = {}
     for r in rows:
-        grouped.setdefault((r["op"], r["kernel"], r["config"]), []).append(r)
+        turn, key = 0, (r["op"], r["kernel"], r["impl"], r["config"])
+        while any(r["arch"] == other["arch"] for other in lines.get((*key, turn), ())):
+            turn += 1
+        lines.setdefault((*key, turn), []).append(r)
+    return [lines[key] for key in sorted(lines, key=lambda key: (key[0], key[2], key[1], key[3], key[4]))]
 
-    def each(group: list[dict], value) -> str:
-        seen = [str(value(r)) for r in group]
+
+def _share(row: dict) -> str:
+    if row["arch"] not in ARCHS:
+        return "-"
+    return f"{100 * occupancy(row['registers'], row['shared_bytes'], row['block'], ARCHS[row['arch']]):.0f}%"
+
+
+def kernel_table(rows: list[dict]) -> list[str]:
+    """One line per kernel and configuration of either implementation; architectures side by side where they differ."""
+
+    def each(line: list[dict], value) -> str:
+        seen = [str(value(r)) for r in line]
         return seen[0] if len(set(seen)) == 1 else " / ".join(seen)
 
     body = []
-    for (op, kernel, config), group in grouped.items():
+    for line in _lines(rows):
+        first = line[0]
+        numbers = ("registers", "shared_bytes", "spill_bytes", "stack_bytes", "global_load_width")
         body.append(
             [
-                op,
-                kernel + (" (fast path)" if group[0]["fast"] else ""),
-                config or "-",
-                each(group, lambda r: r["registers"]),
-                each(group, lambda r: r["shared_bytes"]),
-                each(group, lambda r: r["spill_bytes"]),
-                each(group, lambda r: r["stack_bytes"]),
-                each(group, lambda r: r["global_load_width"]),
-                each(
-                    group,
-                    lambda r: (
-                        f"{100 * occupancy(r['registers'], r['shared_bytes'], r['block'], ARCHS[r['arch']]):.0f}%"
-                        if r["arch"] in ARCHS
-                        else "?"
-                    ),
-                ),
+                first["op"], first["impl"], first["kernel"] + (" *" if first.get("fast") else ""), first["config"] or "-",
+                _names([r["arch"] for r in line]), *(each(line, lambda r, n=n: r[n]) for n in numbers), each(line, _share),
             ]
-        )
-    archs = ", ".join(dict.fromkeys(r["arch"] for r in rows))
-    header = ["op", "kernel", "elements", "registers", "shared B", "spill B", "stack B", "widest load", "occupancy"]
-    return [f"Where a column has several numbers they are for {archs}, in this order.", "", *_table(header, body), ""]
-
-
-def triton_table(rows: list[dict]) -> list[str]:
-    """The Triton kernels' rows as their own report gives them."""
-    columns = [
+        )  # fmt: skip
+    header = [
         "op",
+        "in",
         "kernel",
-        "config",
-        "arch",
+        "variant",
+        "for",
         "registers",
-        "shared_bytes",
-        "spill_bytes",
-        "stack_bytes",
-        "global_load_width",
+        "shared B",
+        "spill B",
+        "stack B",
+        "load bits",
+        "occupancy",
     ]
-    return [*_table([c.replace("_", " ") for c in columns], [[str(r.get(c, "?")) for c in columns] for r in rows]), ""]
+    return [*_table(header, body), ""]
+
+
+def _names(archs: list[str]) -> str:
+    """`80-90` for all four NVIDIA architectures."""
+    others = [a for a in archs if a not in ARCHS]
+    own = "80-90" if set(ARCHS) <= set(archs) else ", ".join(a.removeprefix("sm_") for a in archs if a in ARCHS)
+    return ", ".join([own] * bool(own) + others)
+
+
+def with_blocks(rows: list[dict]) -> list[dict]:
+    """Triton's rows with what the table needs besides: `impl`, and the threads of a block."""
+    warps = [int(r["config"].rpartition("warps=")[2] or 4) for r in rows]
+    return [{**r, "impl": "Triton", "block": 32 * w} for r, w in zip(rows, warps, strict=True)]
 
 
 def page(cuda: list[dict] | None, triton: list[dict] | None) -> str:
@@ -214,13 +225,15 @@ def page(cuda: list[dict] | None, triton: list[dict] | None) -> str:
         "  bytes of stack and to 128-bit loads on every architecture.",
         "- Predictions from the bytes an op has to move. They are predictions.",
         "",
-        "Occupancy is theoretical: what registers, threads and shared memory allow (K = 11 candidates, k = 20).",
+        "## Machine code",
         "",
+        f"Architectures: {', '.join(ARCHS)}, for CUDA C++ with PTX of the last, and gfx942 (AMD MI300) for Triton. Numbers that differ",
+        "between them stand in this order. `*`: a fast path. `load bits`: the widest load from global memory. Occupancy is",
+        "theoretical: what registers, threads and shared memory allow (K = 11 candidates, k = 20). Triton: d = 64, K = 11, float32",
+        "with every configuration; for sm_86 also bfloat16, and the fixed configuration with optional inputs left out.",
+        "",
+        *kernel_table([dict(r, impl="CUDA") for r in cuda or ()] + with_blocks(triton or [])),
     ]
-    if cuda is not None:
-        lines += ["## CUDA C++ kernels", "", *cuda_table(cuda)]
-    if triton is not None:
-        lines += ["## Triton kernels", "", *triton_table(triton)]
     lines += [
         "## Predicted times",
         "",
@@ -228,7 +241,7 @@ def page(cuda: list[dict] | None, triton: list[dict] | None) -> str:
         "of DRAM, L2 and arithmetic (half the data-sheet peak without tensor cores), plus "
         f"{LAUNCH_US} us for every kernel",
         "launched. A gather from a table that does not fit in 80% of L2 goes to DRAM for the part that does not fit. The MB",
-        "are bytes moved, gathered rows counted every time.",
+        "are bytes moved, gathered rows counted every time (docs/kernels.md has the formulas).",
         "",
         *predictions(),
     ]

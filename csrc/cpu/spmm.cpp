@@ -128,7 +128,8 @@ SpmmArgs args_of(const Csr& m, const Tensor& x) {
 }
 
 Tensor spmm(Tensor rowptr, Tensor col, Tensor x, OptTensor value, OptTensor row_scale, OptTensor col_scale,
-            OptTensor /*t_rowptr*/, OptTensor /*t_col*/) {  // the transpose is there for the backward pass
+            OptTensor /*t_rowptr*/, OptTensor /*t_col*/,  // the transpose is there for the backward pass
+            OptTensor /*plan*/, OptTensor /*t_plan*/) {    // a GPU's
   const Csr m = csr_of(rowptr, col);
   check_table(x, "x");
   const ScalarType acc = accumulate_type(x.scalar_type());
@@ -260,7 +261,8 @@ Tensor identity_layers(const Tensor& x, const int64_t* rows, int64_t n) {
 }
 
 // Horner's form: h <- x + Â h, num_layers times, then / (num_layers + 1). The mean costs no pass of its own.
-Tensor propagate(Tensor rowptr, Tensor col, Tensor scale, Tensor x, int64_t num_layers, OptTensor rows) {
+Tensor propagate(Tensor rowptr, Tensor col, Tensor scale, Tensor x, int64_t num_layers, OptTensor rows,
+                 OptTensor /*plan*/) {
   check_table(x, "x");
   const Graph g = graph_of(rowptr, col, scale, x.scalar_type());
   check_size(x, "x", 0, g.m.num_rows);
@@ -381,8 +383,9 @@ Tensor backward_rows(const Graph& g, const Tensor& grad, int64_t num_layers, con
   return h;
 }
 
-Tensor propagate_backward(Tensor rowptr, Tensor col, Tensor scale, Tensor grad, int64_t num_layers, OptTensor rows) {
-  if (!rows) return propagate(rowptr, col, scale, grad, num_layers, std::nullopt);
+Tensor propagate_backward(Tensor rowptr, Tensor col, Tensor scale, Tensor grad, int64_t num_layers, OptTensor rows,
+                          OptTensor plan) {
+  if (!rows) return propagate(rowptr, col, scale, grad, num_layers, std::nullopt, plan);
   check_table(grad, "grad");
   check_size(grad, "grad", 0, rows->numel());
   const ScalarType type = grad.scalar_type(), acc = accumulate_type(type);

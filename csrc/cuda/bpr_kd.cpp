@@ -54,7 +54,7 @@ void check_margin(const Tensor& margin) {
 
 std::pair<Tensor, Tensor> losses(const BprArgs& a, BprForward f, const Tensor& like, const Device& device) {
   const ScalarType acc = accumulate_type(like.scalar_type());
-  Tensor bpr = zeros({}, like, acc), pair = zeros({}, like, acc);  // an empty batch launches nothing
+  Tensor bpr = scalar(like, acc, a.batch == 0), pair = scalar(like, acc, a.batch == 0);
   Tensor partial = empty({bpr_blocks(a), 2}, like, acc), ticket = zeros({1}, like, ScalarType::Int);
   f.partial = partial.mutable_data_ptr();
   f.ticket = static_cast<unsigned*>(ticket.mutable_data_ptr());

@@ -29,7 +29,7 @@ std::tuple<Tensor, Tensor> emb_kd(Tensor student, Tensor teachers, double gamma)
   const Device device(student);
   const ScalarType acc = accumulate_type(student.scalar_type());
   Tensor stats = empty({a.n, 1 + 2 * a.modalities}, student, acc);
-  Tensor loss = zeros({}, student, acc);  // no rows: nothing is launched
+  Tensor loss = scalar(student, acc, a.n == 0);
   Tensor partial = empty({emb_blocks(a)}, student, acc), ticket = zeros({1}, student, ScalarType::Int);
   a.stats = stats.mutable_data_ptr();
   const EmbForward f{partial.mutable_data_ptr(), static_cast<unsigned*>(ticket.mutable_data_ptr()),

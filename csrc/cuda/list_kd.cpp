@@ -66,7 +66,7 @@ ListArgs score_args(const Tensor& student) {
 }
 
 Tensor loss_of(const ListArgs& a, ListForward f, const Tensor& like, ScalarType acc, const Device& device) {
-  Tensor loss = zeros({}, like, acc);  // an empty batch launches nothing
+  Tensor loss = scalar(like, acc, a.batch == 0);
   Tensor partial = empty({list_blocks(a)}, like, acc), ticket = zeros({1}, like, ScalarType::Int);
   f.partial = partial.mutable_data_ptr();
   f.ticket = static_cast<unsigned*>(ticket.mutable_data_ptr());

@@ -18,6 +18,11 @@ inline const void* scalar_of(const Tensor& t, const char* name, ScalarType type)
   return t.const_data_ptr();
 }
 
+// A loss: written by the kernel, but for an empty batch, which launches none.
+inline Tensor scalar(const Tensor& like, ScalarType type, bool zero) {
+  return zero ? zeros({}, like, type) : empty({}, like, type);
+}
+
 inline Tensor nothing(const Tensor& like) { return empty({0}, like); }
 
 // Where gradients are added by atomics: the table's shape, in the accumulator type.

@@ -45,14 +45,35 @@ struct Planned {
   Tensor cut, offsets;
 };
 
+int64_t segments_of(int64_t work) { return std::max<int64_t>(1, (work + kPiece - 1) / kPiece); }
+
 Planned plan(const Csr& m, int64_t work, const Tensor& like, const Device& device) {
-  const int64_t segments = std::max<int64_t>(1, (work + kPiece - 1) / kPiece);
+  const int64_t segments = segments_of(work);
   Planned p{m, segments, empty({segments + 1, 2}, like, ScalarType::Long), like};
   if (m.n > 0) make_plan(m, segments, mutable_data<int64_t>(p.cut), device.stream());
   return p;
 }
 
-Planned plan_all(const Csr& m, const Tensor& like, const Device& device) { return plan(m, m.nnz + m.n, like, device); }
+// `given`: what spmm_plan made for this matrix, or nothing.
+Planned plan_all(const Csr& m, const OptTensor& given, const Tensor& like, const Device& device) {
+  if (!given) return plan(m, m.nnz + m.n, like, device);
+  const int64_t segments = segments_of(m.nnz + m.n);
+  check_index(*given, "plan", 2);
+  check_size(*given, "plan", 0, segments + 1);
+  check_size(*given, "plan", 1, 2);
+  return {m, segments, *given, like};
+}
+
+Tensor spmm_plan(Tensor rowptr, int64_t nnz) {
+  check_index(rowptr, "rowptr");
+  MMKD_CHECK(rowptr.numel() >= 1, "rowptr: expected num_rows + 1 entries, got none");
+  const Device device(rowptr);
+  Csr m{};
+  m.rowptr = m.offsets = data<int64_t>(rowptr);
+  m.n = m.num_rows = rowptr.numel() - 1;
+  m.nnz = nnz;
+  return plan_all(m, std::nullopt, rowptr, device).cut;
+}
 
 // The same for some rows. How many entries they have only the device knows: the number of pieces is a guess, and the
 // pieces are as long as they must be.
@@ -90,13 +111,14 @@ void run(SpmmArgs a, const Tensor& x, Tensor& out, const Device& device) {
 }
 
 Tensor spmm_op(Tensor rowptr, Tensor col, Tensor x, OptTensor value, OptTensor row_scale, OptTensor col_scale,
-               OptTensor /*t_rowptr*/, OptTensor /*t_col*/) {  // the transpose is there for the backward pass
+               OptTensor /*t_rowptr*/, OptTensor /*t_col*/,  // the transpose is there for the backward pass
+               OptTensor plan, OptTensor /*t_plan*/) {
   check_table(x, "x");
   const Device device(x);
   const Csr m = csr_of(rowptr, col, x.size(0));
   const ScalarType acc = accumulate_type(x.scalar_type());
   Tensor out = empty({m.n, x.size(1)}, x);
-  const Planned p = plan_all(m, rowptr, device);
+  const Planned p = plan_all(m, plan, rowptr, device);
   SpmmArgs a = args_of(p, x);
   a.value = scale_of(value, "value", m.nnz, acc);
   a.row_scale = scale_of(row_scale, "row_scale", m.n, acc);
@@ -115,7 +137,7 @@ Tensor sddmm_op(Tensor rowptr, Tensor col, Tensor a, Tensor b, OptTensor row_sca
   check_size(b, "b", 1, a.size(1));
   const ScalarType acc = accumulate_type(a.scalar_type());
   Tensor out = empty({m.nnz}, a, acc);
-  const Planned p = plan_all(m, rowptr, device);
+  const Planned p = plan_all(m, std::nullopt, rowptr, device);
   SddmmArgs args{m,
                  data<int64_t>(p.cut),
                  p.segments,
@@ -152,7 +174,8 @@ Tensor identity_layers(const Tensor& x, const OptTensor& rows, const Device& dev
 }
 
 // Horner's form: h <- x + Â h, num_layers times, then / (num_layers + 1).
-Tensor propagate(Tensor rowptr, Tensor col, Tensor scale, Tensor x, int64_t num_layers, OptTensor rows) {
+Tensor propagate(Tensor rowptr, Tensor col, Tensor scale, Tensor x, int64_t num_layers, OptTensor rows,
+                 OptTensor plan) {
   check_table(x, "x");
   MMKD_CHECK(num_layers >= 0, "num_layers: expected >= 0, got ", num_layers);
   const Device device(x);
@@ -163,7 +186,7 @@ Tensor propagate(Tensor rowptr, Tensor col, Tensor scale, Tensor x, int64_t num_
   if (num_layers == 0) return identity_layers(x, rows, device);
 
   const int64_t d = x.size(1);
-  const Planned all = plan_all(m, rowptr, device);
+  const Planned all = rows && num_layers == 1 ? Planned{m, 0, rowptr, rowptr} : plan_all(m, plan, rowptr, device);
   Tensor h = x;
   for (int64_t l = 1; l < num_layers + 1; ++l) {
     const bool last = l == num_layers, restricted = rows && last;
@@ -189,8 +212,9 @@ Tensor propagate(Tensor rowptr, Tensor col, Tensor scale, Tensor x, int64_t num_
   return h;
 }
 
-Tensor propagate_backward(Tensor rowptr, Tensor col, Tensor scale, Tensor grad, int64_t num_layers, OptTensor rows) {
-  if (!rows) return propagate(rowptr, col, scale, grad, num_layers, std::nullopt);
+Tensor propagate_backward(Tensor rowptr, Tensor col, Tensor scale, Tensor grad, int64_t num_layers, OptTensor rows,
+                          OptTensor plan) {
+  if (!rows) return propagate(rowptr, col, scale, grad, num_layers, std::nullopt, plan);
   check_table(grad, "grad");
   check_index(*rows, "rows");
   check_size(grad, "grad", 0, rows->numel());
@@ -209,7 +233,7 @@ Tensor propagate_backward(Tensor rowptr, Tensor col, Tensor scale, Tensor grad, 
   mark(chosen, true, false, mutable_data<uint8_t>(asked), device.stream());
 
   // Â is symmetric, so this is Horner's form again, from a start that is zero outside `rows`.
-  const Planned all = plan_all(m, rowptr, device);
+  const Planned all = plan_all(m, plan, rowptr, device);
   Tensor h = start;
   for (int64_t l = 1; l <= num_layers; ++l) {
     SpmmArgs a = args_of(all, start);
@@ -230,6 +254,7 @@ Tensor propagate_backward(Tensor rowptr, Tensor col, Tensor scale, Tensor grad, 
 
 MMKD_CUDA_IMPL(m) {
   m.impl("spmm", TORCH_BOX(&mmkd::cuda::spmm_op));
+  m.impl("spmm_plan", TORCH_BOX(&mmkd::cuda::spmm_plan));
   m.impl("sddmm", TORCH_BOX(&mmkd::cuda::sddmm_op));
   m.impl("csr_transpose", TORCH_BOX(&mmkd::cuda::csr_transpose));
   m.impl("propagate", TORCH_BOX(&mmkd::cuda::propagate));

@@ -21,6 +21,8 @@ def train(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/<data>-<time>.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda. Default: CUDA where torch has it.")] = "",
+    amp: Annotated[str, typer.Option(help="bf16: half the bytes in training; weights and results stay float32.")] = "",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --out.")] = False,
     show_settings: Annotated[
         bool, typer.Option("--show-settings", help="Print every setting with its default, and stop.")
@@ -41,6 +43,8 @@ def train(
         overrides = list(set_ or [])
         overrides += [f"data.path={data}"] if data else []
         overrides += [f"seed={seed}"] if seed is not None else []
+        overrides += [f"device={device}"] if device else []
+        overrides += [f"amp={amp}"] if amp else []
         if resume and out is None:
             raise ValueError("--resume: name the run folder with --out")
         if resume and config is None and (out / "config.yaml").exists():

@@ -21,6 +21,11 @@ def initial_table(
     raise ValueError(f"init: expected xavier or normal, got {kind!r}")
 
 
+def rounded(x: Tensor, compute: torch.dtype | None) -> Tensor:
+    """``x`` in the type training computes in; ``x`` itself where there is none, or without gradients."""
+    return x if compute is None or not torch.is_grad_enabled() else x.to(compute)
+
+
 class LightGCN(nn.Module):
     """``E = 1/(L+1) sum_l A_hat^l E0`` over a table ``E0`` of users, then items.
 
@@ -28,21 +33,23 @@ class LightGCN(nn.Module):
         graph: train interactions, ``N = U + I`` nodes.
         table: ``E0``, ``[N, d]``; copied.
         layers: ``L``.
+        compute: type of the table in training's propagation and of what it returns, for instance ``torch.bfloat16``; sums
+            and the weights keep theirs. Without gradients (evaluation, export) it is not used.
 
     Shape:
         ``forward()`` gives ``[N, d]``; ``forward(rows)`` only those rows, ``[len(rows), d]``.
     """
 
-    def __init__(self, graph: BipartiteGraph, table: Tensor, layers: int) -> None:
+    def __init__(self, graph: BipartiteGraph, table: Tensor, layers: int, compute: torch.dtype | None = None) -> None:
         super().__init__()
         if table.ndim != 2 or table.shape[0] != graph.num_nodes:
             raise ValueError(f"table: expected [{graph.num_nodes}, d] (users, then items), got {tuple(table.shape)}")
         self.graph = graph
-        self.layers = layers
+        self.layers, self.compute = layers, compute
         self.table = nn.Parameter(table.detach().clone())
 
     def forward(self, rows: Tensor | None = None) -> Tensor:
-        return ops.propagate(self.graph, self.table, self.layers, rows=rows)
+        return ops.propagate(self.graph, rounded(self.table, self.compute), self.layers, rows=rows)
 
     def tables(self) -> tuple[Tensor, Tensor]:
         """Final embeddings of users ``[U, d]`` and items ``[I, d]``, without gradient."""

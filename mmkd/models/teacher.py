@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mmkd import ops
 from mmkd.graph import BipartiteGraph
 from mmkd.models.features import FeatureTable
-from mmkd.models.lightgcn import initial_table
+from mmkd.models.lightgcn import initial_table, rounded
 from mmkd.models.prompt import Prompt
 
 NORM_EPS = 1e-12
@@ -104,6 +104,7 @@ class Teacher(nn.Module):
         dropout: probability on ``f^m``, in training only.
         init: start of the id table, ``"xavier"`` or ``"normal"``.
         generator: of the random start.
+        compute: type of the tables in training's propagation, as in `LightGCN`; outputs have the weights' type.
     """
 
     def __init__(
@@ -120,6 +121,7 @@ class Teacher(nn.Module):
         dropout: float = 0.0,
         init: str = "xavier",
         generator: torch.Generator | None = None,
+        compute: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         for table in features:
@@ -132,7 +134,7 @@ class Teacher(nn.Module):
         dim, dtype = prompt.weight.shape[1], prompt.weight.dtype
         self.graph, self.features, self.prompt = graph, list(features), prompt
         self.layers, self.feature_layers, self.feature_weight = layers, feature_layers, feature_weight
-        self.strength, self.norm, self.dropout = strength, norm, dropout
+        self.strength, self.norm, self.dropout, self.compute = strength, norm, dropout, compute
         self.table = nn.Parameter(initial_table(graph.num_nodes, dim, init, generator, dtype))
         self.weights = nn.ParameterList(
             nn.init.xavier_uniform_(torch.empty(table.width, dim, dtype=dtype), generator=generator)
@@ -153,7 +155,7 @@ class Teacher(nn.Module):
 
     def id_embeddings(self, rows: Tensor | None = None) -> Tensor:
         """``propagate(id)``, the part of ``E^T`` without features."""
-        return ops.propagate(self.graph, self.table, self.layers, rows=rows)
+        return ops.propagate(self.graph, rounded(self.table, self.compute), self.layers, rows=rows)
 
     def forward(
         self, rows: Tensor | None = None, num_users: int | None = None, mask: Tensor | None = None
@@ -169,11 +171,12 @@ class Teacher(nn.Module):
         features = self.project(prompt)
         if mask is not None:
             features = features * mask
-        users, items = spread(self.graph, features, self.feature_layers)
+        users, items = spread(self.graph, rounded(features, self.compute), self.feature_layers)
         if rows is not None:
             users = users.index_select(0, rows[:num_users])
             items = items.index_select(0, rows[num_users:] - self.graph.num_users)
-        joint = self.id_embeddings(rows)
+        own = self.table.dtype
+        joint, users, items = self.id_embeddings(rows).to(own), users.to(own), items.to(own)
         return combine(joint, users, items, self.feature_weight, len(self.features), prompt)
 
     def tables(self) -> tuple[Tensor, Tensor]:

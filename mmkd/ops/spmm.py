@@ -20,6 +20,7 @@ def spmm(
     col_scale: Tensor | None = None,
     *,
     transpose: tuple[Tensor, Tensor] | None = None,
+    plans: tuple[Tensor | None, Tensor | None] = (None, None),
     impl: str = "auto",
 ) -> Tensor:
     """Sparse times dense, `[n, d]`, differentiable in `x` and `value`.
@@ -34,6 +35,8 @@ def spmm(
         value: `[nnz]`, ones if not given. row_scale: `[n]`. col_scale: `[m]`; both are constants.
         transpose: `(rowptr, col)` of the transposed pattern, columns ascending; saves the backward pass from building
             it. Used only where there is no `value`.
+        plans: of the pattern and of `transpose`, as `BipartiteGraph` keeps them: how a GPU cuts long rows. Without
+            them the cut is made in every call.
         impl: `auto`, `reference`, `cpp`, `cuda` or `triton`.
 
     Raises:
@@ -54,7 +57,7 @@ def spmm(
     if which == "reference":
         return reference.spmm(rowptr, col, x, value, *scales)
     t_rowptr, t_col = transpose if transpose is not None and value is None else (None, None)
-    return namespace(which).spmm(dense(rowptr), dense(col), dense(x), value, *scales, t_rowptr, t_col)
+    return namespace(which).spmm(dense(rowptr), dense(col), dense(x), value, *scales, t_rowptr, t_col, *plans)
 
 
 def propagate(
@@ -92,7 +95,31 @@ def propagate(
     which = backends.resolve("propagate", x, impl)
     if which == "reference":
         return reference.propagate(graph.rowptr, graph.col, scale, x, num_layers, rows)
-    return namespace(which).propagate(graph.rowptr, graph.col, scale, dense(x), num_layers, rows)
+    plan = plan_of(graph, "all", which) if num_layers else None
+    return namespace(which).propagate(graph.rowptr, graph.col, scale, dense(x), num_layers, rows, plan)
+
+
+def plan_of(graph: BipartiteGraph, side: str, which: str) -> Tensor | None:
+    """How `which` cuts the long rows of `A` ("all"), `R` ("users") or `R^T` ("items"): made once per graph and kept.
+
+    None where that is done on the fly: on a CPU, and while a call is only being traced or captured.
+    """
+    if which not in ("cuda", "triton"):
+        return None
+    key = f"plan {side} {which}"
+    if key not in graph._cache:
+        if torch.compiler.is_compiling() or type(graph.rowptr) is not Tensor:
+            return None
+        if graph.rowptr.is_cuda and torch.cuda.is_current_stream_capturing():
+            return None
+        rowptr, col = {
+            "all": (graph.rowptr, graph.col),
+            "users": (graph.user_rowptr, graph.user_col),
+            "items": (graph.item_rowptr, graph.item_col),
+        }[side]
+        with torch.inference_mode(False):  # it is saved for backward passes to come
+            graph._cache[key] = namespace(which).spmm_plan(rowptr, col.numel())
+    return graph._cache[key]
 
 
 def _spmm_setup(ctx, inputs, output) -> None:
@@ -101,34 +128,34 @@ def _spmm_setup(ctx, inputs, output) -> None:
 
 def _spmm_backward(ops):
     def backward(ctx, grad):
-        rowptr, col, x, value, row_scale, col_scale, t_rowptr, t_col = ctx.saved_tensors
+        rowptr, col, x, value, row_scale, col_scale, t_rowptr, t_col, plan, t_plan = ctx.saved_tensors
         grad, grad_x, grad_value = grad.contiguous(), None, None
         if ctx.needs_input_grad[2]:
             t_value = None
             if t_rowptr is None:
                 t_rowptr, t_col, perm = ops.csr_transpose(rowptr, col, x.shape[0])
-                t_value = None if value is None else value[perm]
+                t_value, t_plan = None if value is None else value[perm], None
             # (S_r A S_c)^T = S_c A^T S_r; the pattern alone says how to go back only where there are no values
             back = (rowptr, col) if value is None else (None, None)
-            grad_x = ops.spmm(t_rowptr, t_col, grad, t_value, col_scale, row_scale, *back)
+            grad_x = ops.spmm(t_rowptr, t_col, grad, t_value, col_scale, row_scale, *back, t_plan, plan)
         if ctx.needs_input_grad[3]:
             grad_value = ops.sddmm(rowptr, col, grad, x, row_scale, col_scale)
-        return None, None, grad_x, grad_value, None, None, None, None
+        return None, None, grad_x, grad_value, None, None, None, None, None, None
 
     return backward
 
 
 def _propagate_setup(ctx, inputs, output) -> None:
-    rowptr, col, scale, _, ctx.num_layers, rows = inputs
-    ctx.save_for_backward(rowptr, col, scale, rows)
+    rowptr, col, scale, _, ctx.num_layers, rows, plan = inputs
+    ctx.save_for_backward(rowptr, col, scale, rows, plan)
 
 
 def _propagate_backward(ops):
     def backward(ctx, grad):
-        rowptr, col, scale, rows = ctx.saved_tensors
+        rowptr, col, scale, rows, plan = ctx.saved_tensors
         # Â is symmetric: the same operator, started from `rows` only where they are given.
-        out = ops.propagate_backward(rowptr, col, scale, grad.contiguous(), ctx.num_layers, rows)
-        return None, None, None, out, None, None
+        out = ops.propagate_backward(rowptr, col, scale, grad.contiguous(), ctx.num_layers, rows, plan)
+        return None, None, None, out, None, None, None
 
     return backward
 
@@ -136,9 +163,9 @@ def _propagate_backward(ops):
 def _propagate_twice(ops):
     def backward(ctx, grad):
         # propagate_backward is linear in its gradient, and its adjoint is propagation itself.
-        rowptr, col, scale, rows = ctx.saved_tensors
-        out = ops.propagate(rowptr, col, scale, grad.contiguous(), ctx.num_layers, rows)
-        return None, None, None, out, None, None
+        rowptr, col, scale, rows, plan = ctx.saved_tensors
+        out = ops.propagate(rowptr, col, scale, grad.contiguous(), ctx.num_layers, rows, plan)
+        return None, None, None, out, None, None, None
 
     return backward
 
@@ -156,13 +183,13 @@ def _register(ns: str, ops) -> None:
     )
     library.register_fake(
         f"{ns}::propagate",
-        lambda rowptr, col, scale, x, num_layers, rows: x.new_empty(
+        lambda rowptr, col, scale, x, num_layers, rows, plan=None: x.new_empty(
             x.shape[0] if rows is None else rows.numel(), x.shape[1]
         ),
     )
     library.register_fake(
         f"{ns}::propagate_backward",
-        lambda rowptr, col, scale, grad, num_layers, rows: grad.new_empty(rowptr.numel() - 1, grad.shape[1]),
+        lambda rowptr, col, scale, grad, num_layers, rows, plan=None: grad.new_empty(rowptr.numel() - 1, grad.shape[1]),
     )
     library.register_autograd(f"{ns}::spmm", _spmm_backward(ops), setup_context=_spmm_setup)
     library.register_autograd(f"{ns}::propagate", _propagate_backward(ops), setup_context=_propagate_setup)

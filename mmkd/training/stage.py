@@ -49,8 +49,13 @@ class NodeBatch:
         return self.candidates[:, 1]
 
 
-def node_batch(users: Tensor, candidates: Tensor, num_users: int, extra: Tensor | None = None) -> NodeBatch:
-    """Maps global user and item ids to the compact table of the nodes involved; `extra` adds further node ids."""
+def node_batch(
+    users: Tensor, candidates: Tensor, num_users: int, extra: Tensor | None = None, device: torch.device | str = "cpu"
+) -> NodeBatch:
+    """Maps global user and item ids to the compact table of the nodes involved; `extra` adds further node ids.
+
+    Worked out where the ids are (on the CPU, so that no step waits for a GPU), then moved to `device`.
+    """
     batch, width = candidates.shape
     ids = [users, (candidates + num_users).flatten()] + ([] if extra is None else [extra])
     rows, where = torch.cat(ids).unique(return_inverse=True)
@@ -58,7 +63,8 @@ def node_batch(users: Tensor, candidates: Tensor, num_users: int, extra: Tensor 
     local = where[batch : batch + batch * width].view(batch, width)
     touched = torch.cat([where[:batch], local[:, :2].flatten()])
     counts = torch.bincount(touched, minlength=rows.numel()).float()
-    return NodeBatch(rows, first_item, where[:batch], local - first_item, counts)
+    moved = [t.to(device, non_blocking=True) for t in (rows, where[:batch], local - first_item, counts)]
+    return NodeBatch(moved[0], first_item, *moved[1:])
 
 
 def add_l2(table: nn.Parameter, batch: NodeBatch, weight: float) -> Tensor:
@@ -220,8 +226,8 @@ def batches(dataset: Dataset, settings: StageConfig, negatives: int, seed: int) 
     return Sampler(dataset.train, negatives, settings.batch_size, seed)
 
 
-def to_tensors(batch, device: torch.device) -> tuple[Tensor, Tensor]:
+def to_tensors(batch) -> tuple[Tensor, Tensor]:
     """A sampled batch as users `[B]` and candidates `[B, K]` (observed item first)."""
     users = torch.from_numpy(batch.users)
     candidates = torch.cat([torch.from_numpy(batch.pos)[:, None], torch.from_numpy(batch.neg)], dim=1)
-    return users.to(device), candidates.to(device)
+    return users, candidates

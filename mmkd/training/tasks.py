@@ -37,7 +37,8 @@ class LightGCNTask:
         return _adamw([{"params": [self.model.table]}], self.settings.lr)
 
     def step(self, epoch: int, step: int) -> dict[str, Tensor]:
-        batch = node_batch(*to_tensors(self.sampler.batch(epoch, step), self.graph.device), self.graph.num_users)
+        sampled = to_tensors(self.sampler.batch(epoch, step))
+        batch = node_batch(*sampled, self.graph.num_users, device=self.graph.device)
         users, items = _split(self.model(batch.rows), batch)
         bpr = ops.bpr_loss(users, items, batch.users, batch.pos, batch.neg)
         bpr.backward()
@@ -72,11 +73,12 @@ class TeacherTask:
         count = shape[0] * shape[1]
         generator = seeded(self.config.seed, epoch, step, tag=1)
         words = torch.randint(-(2**63), 2**63 - 1, (-(-count // 8),), generator=generator)
-        kept = words.view(torch.uint8)[:count].view(shape) >= dropped
-        return kept.float().mul_(256 / (256 - dropped)).to(self.graph.device)
+        kept = words.view(torch.uint8)[:count].to(self.graph.device).view(shape) >= dropped
+        return kept.float().mul_(256 / (256 - dropped))
 
     def step(self, epoch: int, step: int) -> dict[str, Tensor]:
-        batch = node_batch(*to_tensors(self.sampler.batch(epoch, step), self.graph.device), self.graph.num_users)
+        sampled = to_tensors(self.sampler.batch(epoch, step))
+        batch = node_batch(*sampled, self.graph.num_users, device=self.graph.device)
         out = self.model(batch.rows, batch.num_users, self._mask(epoch, step))
         where = (batch.users, batch.pos, batch.neg)
         terms = {"bpr": ops.bpr_loss(*_split(out.joint, batch), *where)}
@@ -134,21 +136,19 @@ class StudentTask:
             return None
         first = 0 if self.distill.emb_nodes == "all" else self.graph.num_users
         if self.distill.emb_sample is None:
-            return torch.arange(first, self.graph.num_nodes, device=self.graph.device)
+            return torch.arange(first, self.graph.num_nodes)
         generator = seeded(self.config.seed, epoch, step, tag=2)
-        nodes = torch.randint(first, self.graph.num_nodes, (self.distill.emb_sample,), generator=generator)
-        return nodes.to(self.graph.device)
+        return torch.randint(first, self.graph.num_nodes, (self.distill.emb_sample,), generator=generator)
 
     def step(self, epoch: int, step: int) -> dict[str, Tensor]:
-        users, candidates = to_tensors(self.sampler.batch(epoch, step), self.graph.device)
-        nodes = self._emb_nodes(epoch, step)
-        batch = node_batch(users, candidates, self.graph.num_users, nodes)
+        sampled, nodes = to_tensors(self.sampler.batch(epoch, step)), self._emb_nodes(epoch, step)
+        batch = node_batch(*sampled, self.graph.num_users, nodes, device=self.graph.device)
         table = self.student(batch.rows)
         with torch.set_grad_enabled(self.learn_prompt):
             frozen = self.teacher(batch.rows, batch.num_users)
         terms = self._ranking(batch, table, frozen)
         if nodes is not None:
-            terms["emb"] = self.distill.emb * self._emb(batch, nodes, table, frozen)
+            terms["emb"] = self.distill.emb * self._emb(batch, nodes.to(batch.rows.device), table, frozen)
         torch.stack(list(terms.values())).sum().backward()
         terms = {name: value.detach() for name, value in terms.items()}
         return {**terms, "l2": add_l2(self.student.table, batch, self.settings.l2)}
@@ -179,7 +179,7 @@ class StudentTask:
 
     def _emb(self, batch: NodeBatch, nodes: Tensor, table: Tensor, frozen) -> Tensor:
         where = torch.searchsorted(batch.rows, nodes)
-        targets = torch.cat([frozen.users, frozen.items], dim=1)  # [M, n, d]
+        targets = torch.cat([frozen.users, frozen.items], dim=1).to(table.dtype)  # [M, n, d]
         return ops.emb_kd_loss(
             table.index_select(0, where), targets.index_select(1, where), gamma=self.distill.emb_gamma
         )

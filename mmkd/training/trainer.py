@@ -96,6 +96,7 @@ class _Run:
     def __init__(self, config: Config, dataset: Dataset, folder: RunFolder) -> None:
         self.config, self.dataset, self.folder = config, dataset, folder
         self.device = pick_device(config.device)
+        self.compute = torch.bfloat16 if config.amp == "bf16" else None
         self.graph: BipartiteGraph = dataset.graph().to(self.device)
         self.rows: list[Row] = []
         self.steps = lambda s: -(-dataset.train.nnz // s.batch_size)
@@ -129,7 +130,7 @@ class _Run:
     def _lightgcn(self) -> tuple[LightGCN, StageResult]:
         s = self.config.lightgcn
         table = initial_table(self.graph.num_nodes, self.config.dim, s.init, seeded(self.config.seed, 0, 0, tag=3))
-        model = LightGCN(self.graph, table, s.layers).to(self.device)
+        model = LightGCN(self.graph, table, s.layers, self.compute).to(self.device)
         task = LightGCNTask(model, s, self.dataset, self.graph, self.config.seed + 2)
         return model, self._stage(task, s)
 
@@ -151,7 +152,7 @@ class _Run:
         teacher = Teacher(
             self.graph, [t.to(self.device) for t in tables], prompt, layers=c.teacher.layers,
             feature_layers=c.teacher.feature_layers, feature_weight=c.teacher.feature_weight, strength=c.prompt.strength,
-            norm=c.prompt.norm, init=c.teacher.init, generator=seeded(seed, 0, 0, tag=5),
+            norm=c.prompt.norm, init=c.teacher.init, generator=seeded(seed, 0, 0, tag=5), compute=self.compute,
         ).to(self.device)  # fmt: skip
         preparation = time.perf_counter() - start
         result = self._stage(TeacherTask(teacher, c, self.dataset, self.graph), c.teacher)
@@ -186,7 +187,7 @@ class _Run:
             table = torch.cat(teacher.tables())
         else:
             table = initial_table(self.graph.num_nodes, c.dim, c.student.init, seeded(c.seed, 0, 0, tag=6))
-        student = LightGCN(self.graph, table, c.student.layers).to(self.device)
+        student = LightGCN(self.graph, table, c.student.layers, self.compute).to(self.device)
         task = StudentTask(student, frozen, c, self.dataset, self.graph, self._modality_weights(heads))
         return student, self._stage(task, c.student)
 

@@ -181,6 +181,32 @@ def case_empty_batches(deterministic):
     assert not u.grad.any() and not i.grad.any()
 
 
+def case_expanded_and_strided_inputs(schedules):
+    """What is not dense is copied at the door; a row view that begins off a 16-byte boundary takes the narrow path."""
+    base_u, base_i = torch.randn(9, 129), torch.randn(13 * 64 + 1)
+    u = base_u[:, 1::2].requires_grad_()
+    i = base_i[1:].view(13, 64).requires_grad_()
+    users, candidates = torch.tensor([3]).expand(6), torch.randint(0, 13, (6, 22))[:, ::2]
+    teacher = torch.randn(1, 1, 11).expand(2, 6, 11).clone().requires_grad_()
+    compare(
+        lambda impl, a, b, t: ops.list_kd_loss(a, b, users, candidates, t, impl=impl),
+        [u, i, teacher], torch.float32, schedules, False, seeds=(1,),
+    )  # fmt: skip
+    compare(
+        lambda impl, a, b: ops.bpr_loss(a, b, users, candidates[:, 0], candidates[:, 1], impl=impl),
+        [u, i], torch.float32, schedules, False, seeds=(1,),
+    )  # fmt: skip
+
+
+def case_under_autocast_the_tables_keep_their_type():
+    u, i = tables(64, torch.float32)
+    users, items = torch.randint(0, 9, (6,)), torch.randint(0, 13, (6,))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = ops.bpr_loss(u, i, users, items, items)
+    loss.backward()
+    assert loss.dtype == u.grad.dtype == torch.float32
+
+
 def case_modules_and_gradcheck(deterministic):
     x, t = (torch.randn(5, dtype=torch.float64, requires_grad=True) for _ in range(2))
     torch.autograd.gradcheck(losses.PairKDLoss(tau=2.0), (x, t))

@@ -140,6 +140,50 @@ def case_propagate_is_the_same_under_any_schedule(schedules):
     assert all(torch.equal(results[0], r) for r in results[1:])
 
 
+def case_a_graph_is_planned_once():
+    g, x = graph(), torch.randn(50, 64, requires_grad=True)
+
+    def launches(fn):
+        before = simt.ops.launches()
+        out = fn()
+        return out, simt.ops.launches() - before
+
+    def step():
+        ops.propagate(g, x, 2).sum().backward()
+        x.grad = None
+        halves = g.users_from_items(x[30:]), g.items_from_users(x[:30])
+        (halves[0].sum() + halves[1].sum()).backward()
+        return x.grad
+
+    first, with_plans = launches(step)
+    x.grad = None
+    again, without = launches(step)
+    assert with_plans - without == 3 and torch.equal(first, again)  # of A, R and R^T
+    assert without == 2 * (2 + 2 + 2 + 2)  # each product: its kernel and the one that adds cut rows
+    torch.testing.assert_close(first, step_reference(g, x))
+    plan = g._cache["plan all cuda"]
+    with pytest.raises(RuntimeError, match="plan: expected"):
+        simt.ops.propagate(g.rowptr, g.col, g.scale, x.detach(), 2, None, plan[:-1])
+    with pytest.raises(RuntimeError, match="a check in the kernel failed"):
+        simt.ops.propagate(g.rowptr, g.col, g.scale, x.detach(), 2, None, plan + 1000)
+
+
+def step_reference(g, x):
+    leaf = x.detach().clone().requires_grad_()
+    halves = g.users_from_items(leaf[30:], impl="reference"), g.items_from_users(leaf[:30], impl="reference")
+    (halves[0].sum() + halves[1].sum()).backward()
+    return leaf.grad
+
+
+def case_non_contiguous_inputs_are_taken():
+    rowptr, col = csr(9, 11, 200)
+    wide = torch.randn(11, 128)
+    for x in (wide[:, ::2], wide.T.contiguous().T[:, :64], torch.randn(11, 1).expand(11, 64)):
+        within(
+            ops.spmm(rowptr, col, x), reference.spmm(rowptr, col, x), reference.spmm(rowptr, col, x.double()), x.dtype
+        )
+
+
 def case_out_of_range_stops_the_kernel():
     rowptr, col = csr(5, 6, 40, long_row=False)
     with pytest.raises(RuntimeError, match="a check in the kernel failed"):

@@ -1,0 +1,193 @@
+"""Every op on a GPU: CUDA C++ and Triton kernels, eager, torch.compile, and cuSPARSE through torch.
+
+Timed by events, warmed up, in turn, with different inputs every time and a cold L2. Skipped, with the reason, where there
+is no GPU. None has run this yet: the first table it makes is the first measurement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import cases
+import gpu
+import harness
+import pytest
+import torch
+from bench_spmm import _eager, _moved, _SymmetricCsr, _torch_csr
+from harness import compiled, forward_backward
+
+from mmkd import backends, ops, reference
+
+COPIES = 4  # of the inputs
+TOP = 50
+
+
+@dataclass
+class Work:
+    """`make(i)` gives every competitor a call over the i-th copy of the inputs; `value(i)` what each computes there."""
+
+    op: str
+    case: str
+    make: Callable[[int], dict[str, Callable[[], object]]]
+    value: Callable[[], dict[str, torch.Tensor]]
+    moved_bytes: float | None = None
+    flops: float | None = None
+
+
+def available(op: str) -> list[str]:
+    """Which of our GPU implementations can run; the first is `ours` in the table, the other a rival."""
+    return [impl for impl in ("cuda", "triton") if backends.why_not(op, impl, "cuda") is None]
+
+
+def named(impls: list[str], call: Callable[[str], Callable]) -> dict[str, Callable]:
+    return {"ours" if i == 0 else impl: call(impl) for i, impl in enumerate(impls)}
+
+
+def sparse_works(name: str, device: str, impls: Callable[[str], list[str]], dtype: torch.dtype) -> Iterator[Work]:
+    """SpMM forward, and propagation with its gradient: all rows, and the rows of a batch."""
+    on_cpu = cases.graph(name)
+    g, csr = on_cpu.to(device), _torch_csr(on_cpu).to(device=device)
+    x = [torch.randn(g.num_nodes, cases.DIM, device=device, dtype=dtype, requires_grad=True) for _ in range(COPIES)]
+    rows = torch.randperm(g.num_nodes, device=device)[: min(3072, g.num_nodes)]
+    kind = str(dtype).removeprefix("torch.")
+
+    def product(i: int) -> dict:
+        def ours(impl):
+            return lambda: ops.spmm(g.rowptr, g.col, x[i].detach(), row_scale=g.scale, col_scale=g.scale, impl=impl)
+
+        wide = x[i].detach().float()
+        return named(impls("spmm"), ours) | {"cuSPARSE fp32": lambda: csr @ wide}
+
+    yield Work(
+        "spmm", f"{name} forward {kind}", product, lambda: {n: f() for n, f in product(0).items()},
+        _moved(on_cpu, x[0].element_size()), 4 * g.num_edges * cases.DIM,
+    )  # fmt: skip
+    for label, which in (("all rows", None), ("rows=3072", rows)):
+
+        def layers(i: int, which=which) -> dict:
+            def pick(out):
+                return out if which is None else out[which]
+
+            wide = x[i].detach().float().requires_grad_()
+            theirs = {
+                "cuSPARSE autograd": (lambda: pick(_eager(lambda h: csr @ h, wide, 2)), wide),
+                "cuSPARSE symmetric": (lambda: pick(_eager(lambda h: _SymmetricCsr.apply(csr, h), wide, 2)), wide),
+            }
+            ours = named(impls("propagate"), lambda impl: (lambda: ops.propagate(g, x[i], 2, which, impl=impl), x[i]))
+            return ours | theirs
+
+        yield Work(
+            "propagate", f"{name} L=2 {label} {kind} fwd+bwd",
+            lambda i, layers=layers: {n: forward_backward(f, [leaf]) for n, (f, leaf) in layers(i).items()},
+            lambda layers=layers: {n: f().detach() for n, (f, _) in layers(0).items()},
+        )  # fmt: skip
+
+
+def loss_works(name: str, device: str, impls: Callable[[str], list[str]], dtype: torch.dtype) -> Iterator[Work]:
+    """The losses with their gradients, over full tables and over the rows of the batch."""
+    kind = str(dtype).removeprefix("torch.")
+    for form in ("full", "compact"):
+        batches = [cases.batch(name, dtype, seed=i) for i in range(COPIES)]
+        batches = [(b if form == "full" else b.compact()).to(device) for b in batches]
+
+        def pair_eager(user_emb, item_emb, users, pos, neg, teacher):
+            margin = reference.margins(user_emb, item_emb, users, pos, neg)
+            return reference.bpr(margin) + reference.pair_kd(margin, teacher)
+
+        def list_eager(user_emb, item_emb, users, candidates, teacher):
+            return reference.list_kd(reference.list_scores(user_emb, item_emb, users, candidates), teacher)
+
+        def pair_args(b):
+            return b.user_emb, b.item_emb, b.users, b.pos, b.neg, b.teacher_margin
+
+        def list_args(b):
+            return b.user_emb, b.item_emb, b.users, b.candidates, b.teacher_logits
+
+        def summed(*args, impl):
+            return sum(ops.bpr_pair_kd_loss(*args, impl=impl))
+
+        for op, ours, eager, args in (
+            ("bpr_kd", summed, pair_eager, pair_args),
+            ("list_kd", ops.list_kd_loss, list_eager, list_args),
+        ):
+            yield _loss(op, f"{name} {form} {kind} fwd+bwd", ours, eager, [args(b) for b in batches], impls(op), 2)
+
+    rows = cases.SIZES[name][1]
+    tables = [
+        (torch.randn(rows, cases.DIM, device=device).to(dtype).requires_grad_(),
+         torch.randn(cases.NUM_MODALITIES, rows, cases.DIM, device=device).to(dtype))
+        for _ in range(COPIES)
+    ]  # fmt: skip
+
+    def emb_eager(student, teachers):
+        return sum((1 - torch.cosine_similarity(student, f, dim=-1)).pow(2).mean() for f in teachers)
+
+    yield _loss(
+        "emb_kd", f"{name} all items M=2 {kind} fwd+bwd", ops.emb_kd_loss, emb_eager, tables, impls("emb_kd"), 1
+    )
+
+
+def _loss(op, case, ours, eager, inputs: list[tuple], impls: list[str], leaves: int) -> Work:
+    fused = compiled(eager)
+
+    def calls(i: int) -> dict[str, Callable[[], torch.Tensor]]:
+        args = inputs[i]
+        mine = named(impls, lambda impl: lambda: ours(*args, impl=impl))
+        return mine | {"eager": lambda: eager(*args), "torch.compile": fused and (lambda: fused(*args))}
+
+    def make(i: int) -> dict:
+        return {n: f and forward_backward(f, inputs[i][:leaves]) for n, f in calls(i).items()}
+
+    return Work(op, case, make, lambda: {n: f().detach() for n, f in calls(0).items() if f})
+
+
+def topk_works(name: str, device: str, impls: Callable[[str], list[str]], dtype: torch.dtype) -> Iterator[Work]:
+    """All-ranking top-k, nothing left out, against one product and torch.topk over chunks of users."""
+    users, items, _, _ = cases.SIZES[name]
+    n, k = min(8192, users), min(TOP, items)
+    item_emb = torch.randn(items, cases.DIM, device=device).to(dtype)
+    asked = [torch.randn(n, cases.DIM, device=device).to(dtype) for _ in range(COPIES)]
+
+    def chunked(rows):
+        return torch.cat([(part.float() @ item_emb.float().T).topk(k).values for part in rows.split(1024)])
+
+    def make(i: int) -> dict:
+        mine = named(impls("topk"), lambda impl: lambda: ops.topk(asked[i], item_emb, k, impl=impl)[0])
+        return mine | {"matmul+topk": lambda: chunked(asked[i])}
+
+    kind = str(dtype).removeprefix("torch.")
+    yield Work("topk", f"{name} {n} users {kind}", make, lambda: {m: f() for m, f in make(0).items()},
+               flops=2 * n * items * cases.DIM)  # fmt: skip
+
+
+WORKS = {"sparse": sparse_works, "losses": loss_works, "topk": topk_works}
+
+
+def measure(work: Work, dtype: torch.dtype, cuda=torch.cuda) -> harness.Row:
+    """Asserts that all competitors agree, then times them and records the row."""
+    values = {name: v.float() for name, v in work.value().items()}
+    tolerance = 1e-3 if dtype == torch.float32 else 6e-2
+    for name, value in values.items():
+        torch.testing.assert_close(
+            values["ours"], value, atol=tolerance, rtol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    copies = [work.make(i) for i in range(COPIES)]
+    turns = {name: fn and gpu.rotating(lambda i, n=name: copies[i][n], COPIES) for name, fn in copies[0].items()}
+    ours = turns.pop("ours")
+    return harness.compare(
+        work.op, work.case, ours, turns, moved_bytes=work.moved_bytes, flops=work.flops, memory=True, rounds=gpu.ROUNDS,
+        interleaved=lambda functions, rounds: gpu.interleaved(functions, rounds, cuda=cuda),
+        peak=lambda fn: gpu.peak_extra_mb(fn, cuda=cuda),
+    )  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(gpu.why_not() is not None, reason=f"{gpu.why_not()}; the GPU kernels are not yet timed on a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", list(cases.SIZES))
+@pytest.mark.parametrize("part", list(WORKS))
+def bench_on_gpu(part, name, dtype):
+    torch.manual_seed(0)
+    for work in WORKS[part](name, "cuda", available, dtype):
+        measure(work, dtype)
