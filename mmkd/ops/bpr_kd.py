@@ -16,7 +16,7 @@ from mmkd.ops._checks import (
     check_tables,
     dense,
 )
-from mmkd.ops._registry import namespace, on_register, refuse_second_derivative
+from mmkd.ops._registry import call, differentiable, on_register, refuse_second_derivative
 
 KINDS = ("bernoulli", "positive")
 
@@ -95,7 +95,7 @@ def bpr_kd_from_scores(
     if which == "reference":
         return _reference(margin, teacher_margin, tau, kind)
     margin = dense(margin.to(accumulate_type(margin.dtype)))
-    return namespace(which).bpr_kd_scores(margin, teacher_margin, float(tau), kind == "bernoulli")
+    return call(which, "bpr_kd_scores", margin, teacher_margin, float(tau), kind == "bernoulli")
 
 
 def _check_teacher(like: Tensor, teacher_margin: Tensor | None, size: int, tau: float, kind: str) -> Tensor | None:
@@ -130,7 +130,9 @@ def _bpr_kd(user_emb, item_emb, users, pos, neg, teacher_margin, tau, kind, impl
     which = backends.resolve("bpr_kd", user_emb, impl)
     if which == "reference":
         return _reference(reference.margins(user_emb, item_emb, users, pos, neg), teacher_margin, tau, kind)
-    bpr, pair, _ = namespace(which).bpr_kd(
+    bpr, pair, _ = call(
+        which,
+        "bpr_kd",
         dense(user_emb),
         dense(item_emb),
         dense(users),
@@ -204,7 +206,7 @@ def _register(ns: str, ops) -> None:
     library.register_fake(
         f"{ns}::bpr_kd_scores_backward", lambda gb, gp, m, t, tau, b, ns_, nt: (wanted(m, ns_), wanted(m, nt))
     )
-    library.register_autograd(f"{ns}::bpr_kd", _backward(ops), setup_context=_setup)
-    library.register_autograd(f"{ns}::bpr_kd_scores", _scores_backward(ops), setup_context=_scores_setup)
+    differentiable(ns, "bpr_kd", _backward, _setup)
+    differentiable(ns, "bpr_kd_scores", _scores_backward, _scores_setup)
     for name in ("bpr_kd_backward", "bpr_kd_scores_backward"):
         refuse_second_derivative(f"{ns}::{name}")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmkd import backends, reference
 from mmkd.ops._checks import accumulate_type, check_floating, check_rank, check_same_device, check_shape, dense
-from mmkd.ops._registry import namespace, on_register, refuse_second_derivative
+from mmkd.ops._registry import call, differentiable, on_register, refuse_second_derivative
 
 
 def emb_kd_loss(
@@ -52,7 +52,7 @@ def emb_kd_loss(
         if student.shape[0] == 0:
             return student.to(accumulate_type(student.dtype)).sum()
         return reference.emb_kd(student, teachers, gamma)
-    return namespace(which).emb_kd(dense(student), dense(teachers), float(gamma))[0]
+    return call(which, "emb_kd", dense(student), dense(teachers), float(gamma))[0]
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -86,5 +86,5 @@ def _register(ns: str, ops) -> None:
 
     torch.library.register_fake(f"{ns}::emb_kd", fake)
     torch.library.register_fake(f"{ns}::emb_kd_backward", fake_backward)
-    torch.library.register_autograd(f"{ns}::emb_kd", _backward(ops), setup_context=_setup)
+    differentiable(ns, "emb_kd", _backward, _setup)
     refuse_second_derivative(f"{ns}::emb_kd_backward")

@@ -18,7 +18,7 @@ from mmkd.ops._checks import (
     dense,
     vector,
 )
-from mmkd.ops._registry import namespace, on_register, refuse_second_derivative
+from mmkd.ops._registry import call, differentiable, on_register, refuse_second_derivative
 
 WEIGHTS = ("coupled", "decoupled")
 
@@ -41,7 +41,7 @@ def list_scores(user_emb: Tensor, item_emb: Tensor, users: Tensor, candidates: T
     which = backends.resolve("list_kd", user_emb, impl)
     if which == "reference":
         return reference.list_scores(user_emb, item_emb, users, candidates)
-    return namespace(which).list_scores(dense(user_emb), dense(item_emb), dense(users), dense(candidates))
+    return call(which, "list_scores", dense(user_emb), dense(item_emb), dense(users), dense(candidates))
 
 
 def list_kd_loss(
@@ -87,8 +87,8 @@ def list_kd_loss(
         scores = reference.list_scores(user_emb, item_emb, users, candidates)
         return _reference(scores, teacher_logits, alpha, beta, tau, weight, w)
     tables = (dense(user_emb), dense(item_emb), dense(users), dense(candidates))
-    return namespace(which).list_kd(
-        *tables, teacher_logits, w, float(alpha), float(beta), float(tau), weight == "coupled"
+    return call(
+        which, "list_kd", *tables, teacher_logits, w, float(alpha), float(beta), float(tau), weight == "coupled"
     )[0]
 
 
@@ -113,8 +113,8 @@ def list_kd_from_scores(
     if which == "reference":
         return _reference(student_logits, teacher_logits, alpha, beta, tau, weight, w)
     student = dense(student_logits.to(accumulate_type(student_logits.dtype)))
-    return namespace(which).list_kd_scores(
-        student, teacher_logits, w, float(alpha), float(beta), float(tau), weight == "coupled"
+    return call(
+        which, "list_kd_scores", student, teacher_logits, w, float(alpha), float(beta), float(tau), weight == "coupled"
     )
 
 
@@ -239,8 +239,8 @@ def _register(ns: str, ops) -> None:
         f"{ns}::list_kd_scores_backward",
         lambda grad, s, t, w, alpha, beta, tau, c, need_s, need_t: (wanted(s, need_s), wanted(t, need_t)),
     )
-    library.register_autograd(f"{ns}::list_scores", _scores_backward(ops), setup_context=_scores_setup)
-    library.register_autograd(f"{ns}::list_kd", _kd_backward(ops), setup_context=_kd_setup)
-    library.register_autograd(f"{ns}::list_kd_scores", _kd_scores_backward(ops), setup_context=_kd_scores_setup)
+    differentiable(ns, "list_scores", _scores_backward, _scores_setup)
+    differentiable(ns, "list_kd", _kd_backward, _kd_setup)
+    differentiable(ns, "list_kd_scores", _kd_scores_backward, _kd_scores_setup)
     for name in ("list_kd_backward", "list_scores_backward", "list_kd_scores_backward"):
         refuse_second_derivative(f"{ns}::{name}")

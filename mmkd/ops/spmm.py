@@ -8,7 +8,7 @@ from torch import Tensor
 from mmkd import backends, reference
 from mmkd.graph import BipartiteGraph
 from mmkd.ops._checks import accumulate_type, check_floating, check_index, check_no_grad, check_rank, dense, vector
-from mmkd.ops._registry import namespace, on_register, refuse_second_derivative
+from mmkd.ops._registry import call, differentiable, on_register, refuse_second_derivative
 
 
 def spmm(
@@ -57,7 +57,7 @@ def spmm(
     if which == "reference":
         return reference.spmm(rowptr, col, x, value, *scales)
     t_rowptr, t_col = transpose if transpose is not None and value is None else (None, None)
-    return namespace(which).spmm(dense(rowptr), dense(col), dense(x), value, *scales, t_rowptr, t_col, *plans)
+    return call(which, "spmm", dense(rowptr), dense(col), dense(x), value, *scales, t_rowptr, t_col, *plans)
 
 
 def propagate(
@@ -96,7 +96,7 @@ def propagate(
     if which == "reference":
         return reference.propagate(graph.rowptr, graph.col, scale, x, num_layers, rows)
     plan = plan_of(graph, "all", which) if num_layers else None
-    return namespace(which).propagate(graph.rowptr, graph.col, scale, dense(x), num_layers, rows, plan)
+    return call(which, "propagate", graph.rowptr, graph.col, scale, dense(x), num_layers, rows, plan)
 
 
 def plan_of(graph: BipartiteGraph, side: str, which: str) -> Tensor | None:
@@ -118,7 +118,7 @@ def plan_of(graph: BipartiteGraph, side: str, which: str) -> Tensor | None:
             "items": (graph.item_rowptr, graph.item_col),
         }[side]
         with torch.inference_mode(False):  # it is saved for backward passes to come
-            graph._cache[key] = namespace(which).spmm_plan(rowptr, col.numel())
+            graph._cache[key] = call(which, "spmm_plan", rowptr, col.numel())
     return graph._cache[key]
 
 
@@ -191,7 +191,7 @@ def _register(ns: str, ops) -> None:
         f"{ns}::propagate_backward",
         lambda rowptr, col, scale, grad, num_layers, rows, plan=None: grad.new_empty(rowptr.numel() - 1, grad.shape[1]),
     )
-    library.register_autograd(f"{ns}::spmm", _spmm_backward(ops), setup_context=_spmm_setup)
-    library.register_autograd(f"{ns}::propagate", _propagate_backward(ops), setup_context=_propagate_setup)
+    differentiable(ns, "spmm", _spmm_backward, _spmm_setup)
+    differentiable(ns, "propagate", _propagate_backward, _propagate_setup)
     refuse_second_derivative(f"{ns}::sddmm")
-    library.register_autograd(f"{ns}::propagate_backward", _propagate_twice(ops), setup_context=_propagate_setup)
+    differentiable(ns, "propagate_backward", _propagate_twice, _propagate_setup)

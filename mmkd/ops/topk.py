@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mmkd import backends, reference
 from mmkd.ops._checks import accumulate_type, check_index, check_same_device, check_shape, check_tables, dense
-from mmkd.ops._registry import namespace, on_register
+from mmkd.ops._registry import call, on_register
 
 
 def topk(
@@ -54,7 +54,7 @@ def topk(
     which = backends.resolve("topk", user_emb, impl)
     if which == "reference":
         return reference.topk(user_emb, item_emb, k, users, None if rowptr is None else (rowptr, col))
-    return namespace(which).topk(dense(user_emb), dense(item_emb), k, users, rowptr, col)
+    return call(which, "topk", dense(user_emb), dense(item_emb), k, users, rowptr, col)
 
 
 @on_register
