@@ -43,12 +43,18 @@ def block(size: int, low: int, high: int) -> int:
     return min(high, max(low, triton.next_power_of_2(size)))
 
 
-def degree_bucket(nnz: int, rows: int) -> int:
-    """Mean entries per row in steps of a factor of four: known from shapes, where a quantile would cost a sync."""
-    mean, bucket = nnz // max(1, rows), 0
-    while mean >= 4:
-        mean, bucket = mean // 4, bucket + 1
+def degree_bucket(entries: int) -> int:
+    """Entries of a row in steps of a factor of four."""
+    bucket = 0
+    while entries >= 4:
+        entries, bucket = entries // 4, bucket + 1
     return bucket
+
+
+def degree_quantile(rowptr: Tensor, share: float = 0.9) -> int:
+    """How many entries that share of the rows do not exceed. Waits for the device: once per graph, never in a step."""
+    degrees = rowptr.diff()
+    return int(degrees.sort().values[int(share * (degrees.numel() - 1))]) if degrees.numel() else 0
 
 
 def check_index(index: Tensor, bound: int, name: str) -> None:

@@ -135,15 +135,20 @@ launch.tuned(_mark_neighbours, [triton.Config({"BLOCK_E": 128}, num_warps=1)], [
 
 
 def spmm_plan(rowptr: Tensor, nnz: int) -> Tensor:
-    """What `plan` gives as one tensor, to be kept with the graph; empty where no row can be that long."""
-    cut = plan(rowptr, nnz)
-    return rowptr.new_empty(0) if cut is None else torch.cat(cut)
+    """What `plan` gives as one tensor, to be kept with the graph, and after it as many zeros as the bucket of the degree
+    quantile: a number that is known from a shape needs no sync, nor do launches that are traced."""
+    pieces = plan(rowptr, nnz) or ()
+    return torch.cat([*pieces, rowptr.new_zeros(launch.degree_bucket(launch.degree_quantile(rowptr)))])
 
 
-def _cut(rowptr: Tensor, nnz: int, kept: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    if kept is None or nnz <= SPLIT or rowptr.numel() < 2:
-        return plan(rowptr, nnz)
-    return kept[: nnz // SPLIT], kept[nnz // SPLIT :]
+def _cut(rowptr: Tensor, nnz: int, kept: Tensor | None) -> tuple[tuple[Tensor, Tensor] | None, int]:
+    """The pieces, and the bucket that keys the search for a configuration: of the quantile if `kept`, else of the mean."""
+    n = rowptr.numel() - 1
+    if kept is None:
+        return plan(rowptr, nnz), launch.degree_bucket(nnz // max(1, n))
+    count = nnz // SPLIT if nnz > SPLIT and n > 0 else 0
+    pieces = (kept[:count], kept[count : count + n]) if count else None
+    return pieces, kept.numel() - (count + n if count else 0)
 
 
 def plan(rowptr: Tensor, nnz: int) -> tuple[Tensor, Tensor] | None:
@@ -158,7 +163,7 @@ def plan(rowptr: Tensor, nnz: int) -> tuple[Tensor, Tensor] | None:
 
 def product(
     rowptr: Tensor, col: Tensor, x: Tensor, value: Tensor | None, row_scale: Tensor | None, col_scale: Tensor | None,
-    cut: tuple[Tensor, Tensor] | None, *, add: Tensor | None = None, divisor: int = 1, source: Tensor | None = None,
+    cut: tuple[tuple[Tensor, Tensor] | None, int], *, add: Tensor | None = None, divisor: int = 1, source: Tensor | None = None,
     needed: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`(add + row_scale * sum_j value * col_scale * x[col]) / divisor`, `[n, d]`. Rows of x whose `source` flag is 0
@@ -167,15 +172,15 @@ def product(
     out = x.new_empty(n, d)
     if n == 0 or d == 0:
         return out
-    degree = launch.degree_bucket(col.numel(), n)
+    pieces, degree = cut
     block_d = launch.block(d, 16, 128)
     blocks = triton.cdiv(d, block_d)
     piece_row = piece_end = partial = None
-    if cut is not None:
-        piece_row, piece_end = cut
+    if pieces is not None:
+        piece_row, piece_end = pieces
         partial = x.new_empty(piece_row.numel(), d, dtype=launch.accumulate_type(x.dtype))
-        pieces = launch.choose(_spmm_pieces)
-        wrap_triton(pieces)[(piece_row.numel(), blocks)](
+        kernel = launch.choose(_spmm_pieces)
+        wrap_triton(kernel)[(piece_row.numel(), blocks)](
             rowptr, col, x, value, col_scale, source, needed, piece_row, piece_end, partial, n, d, degree,
             SPLIT=SPLIT, BLOCK_D=block_d,
         )  # fmt: skip

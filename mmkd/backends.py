@@ -112,7 +112,9 @@ def report() -> str:
     built = _library.build_info()
     cuda = _library.CUDA_MISSING or "loaded (not yet timed on a GPU)"
     triton = importlib.util.find_spec("triton")
-    triton_version = __import__("triton").__version__ if triton else "not installed"
+    triton_version = (
+        f"{__import__('triton').__version__} (kernels not yet timed on a GPU)" if triton else "not installed"
+    )
     lines = [
         f"mmkd      {mmkd.__version__}",
         f"python    {platform.python_version()} on {platform.system()} {platform.machine()}",

@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kBlock) spmm_kernel(SpmmArgs a, int lanes) {
   const int64_t c = (static_cast<int64_t>(blockIdx.y) * lanes + threadIdx.x % lanes) * V;
   if (s >= a.segments || c >= a.d) return;
   int64_t i = a.cut[2 * s], j = a.cut[2 * s + 1];
-  const int64_t end_i = checked(a.cut[2 * s + 2], a.m.n + 1), end_j = a.cut[2 * s + 3];
+  const int64_t end_i = a.cut[2 * s + 2], end_j = a.cut[2 * s + 3];
   for (; i <= end_i; ++i) {
     const int64_t start = a.m.offsets[i];
     if (i == end_i && end_j == start) break;
@@ -100,7 +100,6 @@ __global__ void __launch_bounds__(kBlock) spmm_kernel(SpmmArgs a, int lanes) {
     if (!a.needed || a.needed[row]) {
       A sum[V] = {};
       const int64_t base = a.m.rows ? a.m.rowptr[row] - start : 0;
-      checked(j + base, a.m.nnz + 1);
       checked(stop + base, a.m.nnz + 1);
       add_entries<T, V>(a, j + base, stop + base, c, sum);
       if (begun || i == end_i) {

@@ -119,6 +119,8 @@ def plan_of(graph: BipartiteGraph, side: str, which: str) -> Tensor | None:
         }[side]
         with torch.inference_mode(False):  # it is saved for backward passes to come
             graph._cache[key] = call(which, "spmm_plan", rowptr, col.numel())
+        if rowptr.is_cuda:
+            torch.cuda.current_stream(rowptr.device).synchronize()  # once: calls on other streams will read it
     return graph._cache[key]
 
 

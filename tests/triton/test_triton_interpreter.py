@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmkd import ops
+from mmkd import backends, ops
 
 
 @pytest.mark.parametrize("case", ["spmm", "losses", "topk", "doors"])
@@ -23,6 +23,17 @@ def test_without_the_interpreter_cpu_tensors_are_refused(monkeypatch):
     index = torch.zeros(2, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"impl='triton' cannot run bpr_kd on cpu tensors: .*TRITON_INTERPRET=1"):
         ops.bpr_loss(torch.ones(3, 4), torch.ones(3, 4), index, index, index, impl="triton")
+
+
+def test_on_a_gpu_auto_takes_triton_where_the_cuda_library_is_missing(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(backends._library, "CUDA_MISSING", "not built: no nvcc found")
+    assert {backends._first(op, "cuda") for op in backends.OPS} == {"triton"}
+    assert backends.why_not("spmm", "cuda", "cuda") == "not built: no nvcc found"
+    monkeypatch.setattr(backends._library, "CUDA_MISSING", None)
+    monkeypatch.setattr(backends, "_KERNELS", dict.fromkeys(backends._KERNELS, True))
+    assert {backends._first(op, "cuda") for op in backends.OPS} == {"cuda"}
+    assert "not yet timed on a GPU" in backends.report()
 
 
 def test_interpreter_asked_for_too_late_says_so(run_python):

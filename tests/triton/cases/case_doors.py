@@ -91,5 +91,22 @@ def case_the_fixed_choice(monkeypatch):
 
 
 def case_degree_buckets():
-    assert [launch.degree_bucket(n, 1) for n in (0, 3, 4, 15, 16, 64)] == [0, 0, 1, 1, 2, 3]
-    assert launch.degree_bucket(0, 0) == 0
+    assert [launch.degree_bucket(n) for n in (0, 3, 4, 15, 16, 64)] == [0, 0, 1, 1, 2, 3]
+    rowptr = torch.tensor([0, *range(1, 19), 18 + 300, 18 + 600])  # 18 rows of one entry, two of 300
+    assert launch.degree_quantile(rowptr) == 1 and launch.degree_quantile(rowptr, 0.95) == 300
+    assert launch.degree_quantile(rowptr[:1]) == 0
+
+
+def case_a_graph_keeps_its_plan_and_its_degree_quantile(monkeypatch):
+    monkeypatch.setattr(spmm, "SPLIT", 4)
+    users, items = torch.arange(200) % 10, torch.arange(200) % 19
+    g = BipartiteGraph.from_edges([*users, 0], [*items, 19], 10, 20)
+    x = torch.randn(30, 5)
+    truth = ops.propagate(g, x, 2, impl="reference")
+    torch.testing.assert_close(ops.propagate(g, x, 2, impl="triton"), truth)
+    kept = g._cache["plan all triton"]
+    pieces, degree = spmm._cut(g.rowptr, g.col.numel(), kept)
+    assert degree == launch.degree_bucket(launch.degree_quantile(g.rowptr)) == 2
+    assert all(torch.equal(a, b) for a, b in zip(pieces, spmm.plan(g.rowptr, g.col.numel()), strict=True))
+    monkeypatch.setattr(spmm, "plan", None)  # not made again
+    torch.testing.assert_close(ops.propagate(g, x, 2, impl="triton"), truth)
