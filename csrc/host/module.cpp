@@ -100,9 +100,14 @@ py::tuple py_compact(const Array<int64_t>& users, const Array<int64_t>& candidat
     refuse("candidates: expected ", users.size(), " rows like users, got ", candidates.shape(0));
   }
   if (extra) check_rank(*extra, "extra", 1);
-  const BatchView batch{users.data(), candidates.data(), extra ? extra->data() : nullptr,
-                        users.size(), candidates.shape(1), extra ? extra->size() : 0,
-                        num_users,    num_items};
+  const BatchView batch{users.data(),
+                        candidates.data(),
+                        extra ? extra->data() : nullptr,
+                        users.size(),
+                        candidates.shape(1),
+                        extra ? extra->size() : 0,
+                        num_users,
+                        num_items};
   std::optional<Compact> compact;
   {
     const py::gil_scoped_release released;
@@ -141,11 +146,13 @@ PYBIND11_MODULE(_host, m) {
         "The transposed pattern as (rowptr int64 [num_cols + 1], col int32 [nnz]), columns ascending.");
   m.def("compact", &py_compact, arg("users").noconvert(), arg("candidates").noconvert(), arg("num_users"),
         arg("num_items"), arg("extra").noconvert() = py::none(),
-        "The nodes of a batch, each once: (rows int64 [n] ascending, number of users among them, users [B] and candidates "
+        "The nodes of a batch, each once: (rows int64 [n] ascending, number of users among them, users [B] and "
+        "candidates "
         "[B, K] as positions among the users and the items of rows, counts float32 [n] of (user, candidates 0 and 1), "
         "extra nodes as positions in rows or None).");
-  m.def("set_cpu_isa", [](const std::string& name) { mmkd::set_isa(name.c_str()); }, arg("name"),
-        "Draws with the kernels of that instruction set; an empty name goes back to the best one.");
+  m.def(
+      "set_cpu_isa", [](const std::string& name) { mmkd::set_isa(name.c_str()); }, arg("name"),
+      "Draws with the kernels of that instruction set; an empty name goes back to the best one.");
   py::class_<Sampler>(m, "Sampler", "Draws batches; mmkd.data.Sampler is its door.")
       .def(py::init(&make_sampler<int32_t>), arg("rowptr").noconvert(), arg("col").noconvert(), arg("num_items"),
            arg("rounds"))

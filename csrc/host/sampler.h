@@ -1,9 +1,12 @@
-// Training batches as a pure function of (seed, epoch, step); the stream is the one mmkd/reference/sampling.py writes down.
+// Training batches as a pure function of (seed, epoch, step); the stream is the one mmkd/reference/sampling.py writes
+// down.
 #pragma once
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "host/csr.h"
+#include "host/sampler_kernel.h"
 
 namespace mmkd::host {
 
@@ -25,11 +28,14 @@ class Sampler {
              int threads) const;
 
  private:
+  struct Free {
+    void operator()(uint32_t* p) const;
+  };
+
   uint32_t num_items_;
   uint32_t rounds_;
-  std::vector<int64_t> rowptr_;
-  std::vector<uint32_t> item_;    // padded for the kernel
-  std::vector<uint32_t> active_;  // users with at least one item
+  std::vector<UserRow> rows_;
+  std::unique_ptr<uint32_t[], Free> item_;
 };
 
 }  // namespace mmkd::host

@@ -21,7 +21,8 @@ namespace {
 
 using host::DrawArgs;
 using host::kDrawn;
-using host::kRowPad;
+using host::kLine;
+using host::UserRow;
 
 typedef uint64_t Wide __attribute__((vector_size(MMKD_VBYTES)));
 constexpr int kWide = MMKD_VBYTES / 8;
@@ -136,22 +137,22 @@ uint32_t redraw(const DrawArgs& a, uint32_t sample, uint32_t j, const Row& row) 
   }
 }
 
-// False only if none of item[0..n) is in the row, n a multiple of 4. Short rows are read up to the next multiple of
-// kRowPad, so that most have the same length; what lies behind them can only cost a second look.
+// False only if none of item[0..n) is in the row, n a multiple of 4. Rows are read by whole cache lines, so that most
+// take the same number of steps.
 MMKD_INLINE bool may_contain(const Row& row, const uint32_t* item, int n) {
   if (row.size >= kLongRow) return true;
 #if defined(MMKD_ISA_avx512)
   __mmask16 hit = 0;
-  for (uint32_t i = 0; i < row.size; i += kRowPad) {
+  for (uint32_t i = 0; i < row.size; i += kLine) {
     const __m512i mine = _mm512_loadu_si512(row.item + i);
     for (int j = 0; j < n; j += 4) {
 #pragma GCC unroll 4
       for (int k = 0; k < 4; ++k) {
-        hit = _mm512_kor(hit, _mm512_cmpeq_epi32_mask(mine, _mm512_set1_epi32(static_cast<int>(item[j + k]))));
+        hit |= _mm512_cmpeq_epi32_mask(mine, _mm512_set1_epi32(static_cast<int>(item[j + k])));
       }
     }
   }
-  return !_mm512_kortestz(hit, hit);
+  return hit != 0;
 #else
   constexpr uint32_t lanes = MMKD_VBYTES / 4;
   typedef uint32_t Items __attribute__((vector_size(MMKD_VBYTES)));
@@ -183,8 +184,8 @@ MMKD_INLINE void widen(int64_t* out, const uint32_t* item, int n) {
 #endif
 }
 
-// out[l] = {even[l], odd[l]} for each lane, rows `stride` words apart.
-MMKD_INLINE void interleave(Wide even, Wide odd, uint64_t* out, int stride) {
+// out[l * stride ..] = the 128 bits {even[l], odd[l]} for each lane.
+MMKD_INLINE void interleave(Wide even, Wide odd, uint32_t* out, int stride) {
   Wide low, high;  // of each 128 bits
   for (int l = 0; l < kWide; l += 2) {
     low[l] = l;
@@ -200,54 +201,59 @@ MMKD_INLINE void interleave(Wide even, Wide odd, uint64_t* out, int stride) {
   }
 }
 
-// Samples whose users are known and whose rows are on their way to the cache.
+// A block of samples on its way: find_users, then find_rows, then draw_positives and draw_negatives, each a block later
+// than the one before, so that what it reads has arrived in the cache.
 struct Block {
   int64_t first, count;
-  uint64_t which_pos[kDrawn];
+  uint64_t words[2][kDrawn];  // for user and positive
+  const UserRow* who[kDrawn];
   Row rows[kDrawn];
+  const uint32_t* pos[kDrawn];
 };
 
-MMKD_INLINE void draw_users(const DrawArgs& a, Block& b, int64_t first, int64_t count) {
-  uint64_t which[kDrawn];
-  int64_t* users = a.users + first;
+MMKD_INLINE void find_users(const DrawArgs& a, Block& b, int64_t first, int64_t end) {
   b.first = first;
-  b.count = count;
+  b.count = end - first < kDrawn ? end - first : kDrawn;
   words(a, static_cast<uint32_t>(first), 0, [&](int n, Wide w0, Wide w1, Wide, Wide) {
-    memcpy(which + n, &w0, sizeof w0);
-    memcpy(b.which_pos + n, &w1, sizeof w1);
+    memcpy(b.words[0] + n, &w0, sizeof w0);
+    memcpy(b.words[1] + n, &w1, sizeof w1);
   });
-  for (int64_t s = 0; s < count; ++s) {
-    users[s] = a.active[below(which[s], a.num_active)];
-    __builtin_prefetch(a.rowptr + users[s]);
+  for (int64_t s = 0; s < b.count; ++s) {
+    b.who[s] = a.rows + below(b.words[0][s], a.num_rows);
+    __builtin_prefetch(b.who[s]);
   }
-  for (int64_t s = 0; s < count; ++s) {
-    const int64_t begin = a.rowptr[users[s]], end = a.rowptr[users[s] + 1];
-    b.rows[s] = {a.item + begin, static_cast<uint32_t>(end - begin)};
-    __builtin_prefetch(b.rows[s].item);
-    __builtin_prefetch(b.rows[s].item + 16);
+}
+
+MMKD_INLINE void find_rows(const DrawArgs& a, Block& b) {
+  for (int64_t s = 0; s < b.count; ++s) {
+    const UserRow r = *b.who[s];
+    a.users[b.first + s] = r.user;
+    b.rows[s] = {a.item + r.begin, r.size};
+    b.pos[s] = b.rows[s].item + below(b.words[1][s], r.size);
+    __builtin_prefetch(b.pos[s]);
+    const uint32_t near = r.size < 8 * kLine ? r.size : 8 * kLine;
+    for (uint32_t i = 0; i < near; i += kLine) __builtin_prefetch(b.rows[s].item + i);
   }
 }
 
 MMKD_INLINE void draw_positives(const DrawArgs& a, const Block& b) {
   const int64_t width = a.num_negatives + 1;
-  int64_t* pos = a.candidates + b.first * width;
-  for (int64_t s = 0; s < b.count; ++s) pos[s * width] = b.rows[s].item[below(b.which_pos[s], b.rows[s].size)];
+  for (int64_t s = 0; s < b.count; ++s) a.candidates[(b.first + s) * width] = *b.pos[s];
 }
 
 // Negatives g .. g + n - 1, n <= kGroup.
 MMKD_INLINE void draw_negatives(const DrawArgs& a, const Block& b, int64_t g, int n) {
   const uint32_t first = static_cast<uint32_t>(b.first);
-  uint64_t pairs[kDrawn][kGroup / 2];  // two to a word
+  uint32_t items[kDrawn][kGroup];
   for (int q = 0; 4 * q < n; ++q) {
     words(a, first, kNegative | static_cast<uint32_t>(g / 4 + q), [&](int l, Wide w0, Wide w1, Wide w2, Wide w3) {
       const Wide even = times(w0, a.num_items) >> 32 | (times(w1, a.num_items) & kHigh);
       const Wide odd = times(w2, a.num_items) >> 32 | (times(w3, a.num_items) & kHigh);
-      interleave(even, odd, &pairs[l][2 * q], kGroup / 2);
+      interleave(even, odd, &items[l][4 * q], kGroup);
     });
   }
   for (int64_t s = 0; s < b.count; ++s) {
-    uint32_t item[kGroup];
-    memcpy(item, pairs[s], sizeof item);
+    const uint32_t* item = items[s];
     int64_t* out = a.candidates + (b.first + s) * (a.num_negatives + 1) + 1 + g;
     widen(out, item, n);
     if (!may_contain(b.rows[s], item, (n + 3) & ~3)) continue;
@@ -261,17 +267,18 @@ MMKD_INLINE void draw_negatives(const DrawArgs& a, const Block& b, int64_t g, in
 }  // namespace
 
 void draw(const DrawArgs& a, int64_t begin, int64_t end) {
-  Block blocks[2];  // one ahead, so that its rows arrive while the other is worked on
-  int now = 0;
-  if (begin < end) draw_users(a, blocks[0], begin, end - begin < kDrawn ? end - begin : kDrawn);
-  for (int64_t next = begin + kDrawn; next < end + kDrawn; next += kDrawn) {
-    if (next < end) draw_users(a, blocks[1 - now], next, end - next < kDrawn ? end - next : kDrawn);
-    draw_positives(a, blocks[now]);
+  Block ring[3];
+  const int64_t blocks = (end - begin + kDrawn - 1) / kDrawn;
+  for (int64_t b = 0; b < blocks + 2; ++b) {
+    if (b < blocks) find_users(a, ring[b % 3], begin + b * kDrawn, end);
+    if (b >= 1 && b <= blocks) find_rows(a, ring[(b - 1) % 3]);
+    if (b < 2) continue;
+    const Block& ready = ring[(b - 2) % 3];
+    draw_positives(a, ready);
     for (int64_t g = 0; g < a.num_negatives; g += kGroup) {
       const int64_t left = a.num_negatives - g;
-      draw_negatives(a, blocks[now], g, static_cast<int>(left < kGroup ? left : kGroup));
+      draw_negatives(a, ready, g, static_cast<int>(left < kGroup ? left : kGroup));
     }
-    now = 1 - now;
   }
 }
 

@@ -6,12 +6,21 @@
 
 namespace mmkd::host {
 
-// What is drawn from, and where in the stream. The matrix has been checked; `item` has kRowPad readable entries behind it.
+constexpr int64_t kDrawn = 64;  // samples drawn together: their ways to memory overlap, and they fit the first cache
+constexpr int64_t kLine = 16;   // items in a cache line; rows start at one and are filled up with kNoItem
+constexpr uint32_t kNoItem = 0xFFFFFFFFu;
+
+// A user with at least one item; all of it is one read.
+struct UserRow {
+  int64_t begin;  // into `item`
+  uint32_t user, size;
+};
+
+// What is drawn from, and where in the stream.
 struct DrawArgs {
-  const int64_t* rowptr;   // [num_users + 1]
-  const uint32_t* item;    // [nnz + kRowPad], strictly ascending in every row
-  const uint32_t* active;  // [num_active] users with at least one item
-  uint32_t num_active, num_items;
+  const UserRow* rows;   // [num_rows]
+  const uint32_t* item;  // strictly ascending in every row
+  uint32_t num_rows, num_items;
   uint32_t rounds;  // draws before the exact fallback
   uint64_t seed;
   uint32_t epoch, step;
@@ -19,9 +28,6 @@ struct DrawArgs {
   int64_t* users;       // [size]
   int64_t* candidates;  // [size, num_negatives + 1], the positive first
 };
-
-constexpr int64_t kDrawn = 64;   // samples drawn together: enough to hide the way to memory, few enough for the first cache
-constexpr int64_t kRowPad = 16;  // rows are read in pieces of this many items
 
 }  // namespace mmkd::host
 
