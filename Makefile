@@ -28,6 +28,16 @@ demo: install ## train on real purchases and print the table
 test: install ## all tests
 	$(BIN)/python -m pytest tests $(PYTEST_ARGS)
 
+# A build of its own, in build/asan: the installed libraries are left alone. Python itself is not built with the sanitizers,
+# so their libraries are loaded first; leaks are not looked for, since the interpreter has its own.
+ASAN := build/asan
+test-asan: install ## the op, sampler and CSR tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	PATH="$(CURDIR)/$(BIN):$$PATH" MMKD_BUILD=asan MMKD_SANITIZE=address,undefined MMKD_CUDA=off MMKD_OUT=$(ASAN) \
+	$(BIN)/python setup.py -q build_ext
+	preload=; for lib in libasan.so libubsan.so libstdc++.so; do preload="$$preload:$$($${CXX:-c++} -print-file-name=$$lib)"; done; \
+	LD_PRELOAD="$${preload#:}" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 MMKD_OUT=$(CURDIR)/$(ASAN) \
+	$(BIN)/python -m pytest tests/ops tests/test_sampling.py tests/test_graph.py -q -p no:cacheprovider $(PYTEST_ARGS)
+
 bench: install ## every op against its rivals (keep the machine idle)
 	$(BIN)/python -m pytest bench $(PYTEST_ARGS)
 

@@ -43,6 +43,7 @@ class CMakeBuild(build_ext):
     def run(self) -> None:
         torch = find_torch()
         out = ROOT / "mmkd" if self.inplace or self.editable_mode else Path(self.build_lib).resolve() / "mmkd"
+        out = Path(os.environ.get("MMKD_OUT") or out).resolve()
         build = ROOT / "build" / f"cmake-{os.environ.get('MMKD_BUILD', 'release')}"
         build.mkdir(parents=True, exist_ok=True)
         import pybind11

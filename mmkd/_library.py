@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.machinery
+import importlib.util
 import json
 import os
+import sys
 from pathlib import Path
 
 import torch
 
-LIB = Path(__file__).parent / "lib"
+# MMKD_OUT: where another build (make test-asan) put its libraries.
+OUT = Path(os.environ.get("MMKD_OUT") or Path(__file__).parent)
+LIB = OUT / "lib"
 REBUILD = "Rebuild it against this environment's torch: pip install --no-deps --force-reinstall mmkd (or, in a checkout, pip install -e .)"
 
 
@@ -38,6 +43,18 @@ def load_cpu() -> None:
     _load(path)
 
 
+def load_host() -> None:
+    """Loads the C++ over NumPy arrays as `mmkd._host`; ImportError with the fix where it is missing."""
+    spec = importlib.machinery.PathFinder.find_spec("mmkd._host", [str(OUT)])
+    if spec is None or spec.loader is None:
+        raise ImportError(
+            f"mmkd: the compiled module _host is missing from {OUT}: the package was not built. {REBUILD}"
+        )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules["mmkd._host"] = module
+
+
 def load_cuda() -> str | None:
     """Loads the CUDA kernels where torch has CUDA. Returns None when loaded, else the reason."""
     if os.environ.get("MMKD_CUDA", "auto") == "off":
@@ -52,4 +69,5 @@ def load_cuda() -> str | None:
 
 
 load_cpu()
+load_host()
 CUDA_MISSING = load_cuda()

@@ -9,6 +9,8 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
+from mmkd import csr
+
 
 def _ids(values, name: str, bound: int) -> np.ndarray:
     ids = np.asarray(values.cpu() if isinstance(values, Tensor) else values)
@@ -22,10 +24,13 @@ def _ids(values, name: str, bound: int) -> np.ndarray:
     return ids.astype(np.int64, copy=False)
 
 
-def _csr(matrix: sp.csr_matrix) -> tuple[Tensor, Tensor]:
-    if matrix.shape[1] > np.iinfo(np.int32).max:
-        raise ValueError(f"graph: {matrix.shape[1]} columns exceed int32")
-    return torch.from_numpy(matrix.indptr.astype(np.int64)), torch.from_numpy(matrix.indices.astype(np.int32))
+def _check_sizes(num_users: int, num_items: int) -> None:
+    if num_users < 1 or num_items < 1:
+        raise ValueError(f"num_users, num_items: expected at least one of each, got {num_users} and {num_items}")
+    if num_users + num_items > np.iinfo(np.int32).max:
+        raise ValueError(
+            f"num_users, num_items: {num_users} + {num_items} nodes exceed the 2^31 - 1 an int32 column can name"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,26 +66,29 @@ class BipartiteGraph:
         u, i = _ids(users, "users", num_users), _ids(items, "items", num_items)
         if u.size != i.size:
             raise ValueError(f"users, items: expected equal lengths, got {u.size} and {i.size}")
-        ones = np.ones(u.size, dtype=np.float32)
-        return cls.from_scipy(sp.csr_matrix((ones, (u, i)), shape=(num_users, num_items)))
+        _check_sizes(num_users, num_items)
+        return cls._from_csr(*csr.from_edges(u, i, num_users, num_items), num_users, num_items)
 
     @classmethod
     def from_scipy(cls, matrix: sp.spmatrix) -> BipartiteGraph:
-        """Builds the graph from a sparse `U x I` matrix; every stored entry is an edge, whatever its value."""
-        csr = sp.csr_matrix(matrix, copy=True)
-        csr.sum_duplicates()
-        csr.data = np.ones(csr.nnz, dtype=np.float32)
-        csr.sort_indices()
-        transposed = csr.T.tocsr()
-        transposed.sort_indices()
-        adjacency = sp.bmat([[None, csr], [transposed, None]], format="csr")
-        if adjacency.shape[0] != sum(csr.shape):
-            raise ValueError(f"matrix: expected at least one user and one item, got shape {csr.shape}")
-        adjacency.sort_indices()
-        degree = np.diff(adjacency.indptr).astype(np.float64)
+        """Builds the graph from a sparse `U x I` matrix; every stored entry is an edge, whatever its value.
+
+        Raises ValueError for malformed CSR.
+        """
+        _check_sizes(*matrix.shape)
+        rowptr, col = csr.from_scipy(matrix)
+        return cls._from_csr(rowptr, col.astype(np.int32), *matrix.shape)
+
+    @classmethod
+    def _from_csr(cls, rowptr: np.ndarray, col: np.ndarray, num_users: int, num_items: int) -> BipartiteGraph:
+        """`R` with ascending columns."""
+        t_rowptr, t_col = csr.transpose(rowptr, col, num_items)
+        both = np.concatenate([rowptr, rowptr[-1] + t_rowptr[1:]])
+        degree = np.diff(both).astype(np.float64)
         with np.errstate(divide="ignore"):
             scale = np.where(degree > 0, degree**-0.5, 0.0).astype(np.float32)
-        return cls(csr.shape[0], csr.shape[1], *_csr(adjacency), *_csr(csr), *_csr(transposed), torch.from_numpy(scale))
+        arrays = (both, np.concatenate([col + np.int32(num_users), t_col]), rowptr, col, t_rowptr, t_col, scale)
+        return cls(num_users, num_items, *(torch.from_numpy(a) for a in arrays))
 
     @property
     def num_nodes(self) -> int:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import sparse
+from scipy import sparse, stats
 
-from mmkd.data import sampling, synthetic
-from mmkd.data.sampling import NEGATIVE, ROUNDS, Sampler, below, philox4x32
+from mmkd import _host, csr
+from mmkd.data import Sampler, synthetic
+from mmkd.reference import sampling as reference
+from mmkd.reference.sampling import NEGATIVE, ROUNDS, below, philox4x32
+from tests.ops.matrices import patterns
 
 MASK = 0xFFFFFFFF
 
@@ -24,7 +29,7 @@ def philox_by_hand(counter, key):
     return c
 
 
-def sample_by_hand(train, num_negatives, seed, b, step, epoch):
+def sample_by_hand(train, num_negatives, seed, b, step, epoch, rounds):
     """One sample of the documented stream in plain Python."""
     key = (seed & MASK, seed >> 32)
     rows = [train.indices[a:z].tolist() for a, z in zip(train.indptr, train.indptr[1:], strict=False)]
@@ -35,9 +40,9 @@ def sample_by_hand(train, num_negatives, seed, b, step, epoch):
     row = rows[user]
     negatives = []
     for j in range(num_negatives):
-        for attempt in range(sampling.ROUNDS + 1):
+        for attempt in range(rounds + 1):
             word = philox_by_hand((b, NEGATIVE | attempt << 16 | j >> 2, step, epoch), key)[j & 3]
-            if attempt == sampling.ROUNDS:
+            if attempt == rounds:
                 others = [item for item in range(num_items) if item not in row]
                 negatives.append(others[word * len(others) >> 32])
             elif word * num_items >> 32 not in row:
@@ -80,19 +85,82 @@ def test_below_is_multiply_high(word, bound):
     assert int(below(np.uint64(word), bound)) == word * bound >> 32 < bound
 
 
+@pytest.fixture(params=["generic", "avx2", "avx512"])
+def host_isa(request):
+    """Draws with the kernels of one instruction set."""
+    try:
+        _host.set_cpu_isa(request.param)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    yield
+    _host.set_cpu_isa("")
+
+
 @pytest.mark.parametrize("rounds", [ROUNDS, 1, 2])
-def test_stream_is_as_documented(monkeypatch, rounds):
-    monkeypatch.setattr(sampling, "ROUNDS", rounds)
+@pytest.mark.parametrize("implementation", [reference.Sampler, _host.Sampler], ids=["numpy", "cpp"])
+def test_stream_is_as_documented(implementation, rounds):
     rng = np.random.default_rng(2)
     train = dense(rng.random((9, 14)) < rng.random((9, 1)))
     full = np.diff(train.indptr) == 14
     train = dense(train.toarray() * ~full[:, None])
-    sampler = Sampler(train, 6, 16, seed=2**63 + 12345)
+    sampler = implementation(*csr.from_scipy(train), 14, rounds)
+    seed = 2**63 + 12345
     for epoch, step in ((0, 0), (3, 1), (2**32 - 1, 7)):
-        batch = sampler.batch(epoch, step)
+        users, candidates = sampler.batch(seed, epoch, step, 16, 6)
         for b in range(16):
-            expected = sample_by_hand(train, 6, 2**63 + 12345, b, step, epoch)
-            assert (batch.users[b], batch.pos[b], batch.neg[b].tolist()) == expected
+            user, pos, negatives = sample_by_hand(train, 6, seed, b, step, epoch, rounds)
+            assert (users[b], candidates[b].tolist()) == (user, [pos, *negatives])
+
+
+@settings(max_examples=100)
+@given(patterns(max_rows=20, max_cols=700, full=False), st.data())
+def test_cpp_and_numpy_draw_the_same_bits(pattern, data):
+    rowptr, col, num_items = pattern.rowptr, pattern.col, pattern.num_cols
+    rounds = data.draw(st.sampled_from([1, 2, ROUNDS]))
+    seed = data.draw(st.integers(0, 2**64 - 1))
+    epoch, step = data.draw(st.integers(0, MASK)), data.draw(st.integers(0, MASK))
+    size, count = data.draw(st.integers(0, 200)), data.draw(st.integers(1, 40))
+    truth = reference.Sampler(rowptr, col, num_items, rounds).batch(seed, epoch, step, size, count)
+    ours = _host.Sampler(rowptr, col, num_items, rounds).batch(
+        seed, epoch, step, size, count, data.draw(st.integers(1, 5))
+    )
+    for a, b in zip(ours, truth, strict=True):
+        assert a.dtype == np.int64 and np.array_equal(a, b)
+
+
+def test_every_instruction_set_draws_the_same_bits(host_isa):
+    train = synthetic(seed=0).train
+    rowptr, col = csr.from_scipy(train)
+    crowded = np.sort(np.random.default_rng(0).permutation(700)[:650])  # a row that is searched, not scanned
+    for matrix in ((rowptr, col, train.shape[1]), (np.array([0, 650]), crowded, 700)):
+        ours = _host.Sampler(*matrix, ROUNDS).batch(7, 1, 2, 777, 37)
+        truth = reference.Sampler(*matrix, ROUNDS).batch(7, 1, 2, 777, 37)
+        assert all(np.array_equal(a, b) for a, b in zip(ours, truth, strict=True))
+
+
+def test_any_number_of_threads_draws_the_same_bits():
+    train = synthetic(seed=0).train
+    first = Sampler(train, 10, 5000, seed=3).batch(4, 5)
+    for threads in (2, 3, 7, 1000):
+        again = Sampler(train, 10, 5000, seed=3, num_threads=threads).batch(4, 5)
+        assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    shared = Sampler(train, 10, 5000, seed=3, num_threads=2)
+    with ThreadPoolExecutor(4) as pool:  # the interpreter lock is released: calls run side by side
+        for again in pool.map(lambda _: shared.batch(4, 5), range(16)):
+            assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_item_ids_beyond_int32():
+    ids = np.array([5, 2**31 + 1, 2**32 - 3])
+    train = sparse.csr_matrix((np.ones(3, np.float32), ids, np.array([0, 3])), shape=(1, 2**32 - 1))
+    sampler = Sampler(train, 8, 500, seed=1)
+    batch = sampler.batch(0, 0)
+    assert set(batch.pos.tolist()) == set(ids.tolist())
+    assert batch.neg.min() >= 0 and batch.neg.max() >= 2**31 and not np.isin(batch.neg, ids).any()
+    truth = reference.Sampler(train.indptr, train.indices, 2**32 - 1).batch(1, 0, 0, 500, 8)
+    assert np.array_equal(batch.candidates, truth[1])
+    with pytest.raises(ValueError, match=r"num_items: expected 1 to 2\^32 - 1, got 4294967296"):
+        Sampler(sparse.csr_matrix((np.ones(3), ids, np.array([0, 3])), shape=(1, 2**32)), 1, 4)
 
 
 @given(st.data())
@@ -124,18 +192,28 @@ def test_almost_full_row_uses_the_exact_fallback():
     assert abs(share - 0.5) < 5 * 0.5 / np.sqrt(picked.size)
 
 
+def uniform(counts: np.ndarray) -> bool:
+    """Pearson's chi-square against equal probabilities; one good sampler in 10^5 would fail."""
+    return stats.chisquare(counts).pvalue > 1e-5
+
+
 def test_draws_are_uniform():
     mask = np.zeros((6, 20), np.float32)
     mask[[0, 1, 1, 2, 2, 2, 4, 5], [3, 0, 19, 5, 6, 7, 1, 2]] = 1  # user 3 has no train item
+    mask[5, :18] = 1  # most first draws of user 5 are refused
     batch = Sampler(dense(mask), 4, 200_000, seed=9).batch(1, 2)
     users = np.bincount(batch.users, minlength=6)
-    assert users[3] == 0 and np.abs(users[[0, 1, 2, 4, 5]] - 40_000).max() < 5 * 200
-    mine = batch.users == 2
-    positives = np.bincount(batch.pos[mine], minlength=20)[5:8] / mine.sum()
-    assert np.abs(positives - 1 / 3).max() < 5 * np.sqrt(2 / 9 / mine.sum())
-    negatives = np.bincount(batch.neg[mine].ravel(), minlength=20) / (4 * mine.sum())
-    assert negatives[5:8].sum() == 0
-    assert np.abs(np.delete(negatives, [5, 6, 7]) - 1 / 17).max() < 5 * np.sqrt(1 / 17 / (4 * mine.sum()))
+    assert users[3] == 0 and uniform(users[[0, 1, 2, 4, 5]])
+    for user in (2, 5):
+        mine, has = batch.users == user, mask[user] == 1
+        pos, neg = (np.bincount(ids[mine].ravel(), minlength=20) for ids in (batch.pos, batch.neg))
+        assert pos[~has].sum() == 0 and uniform(pos[has])
+        assert neg[has].sum() == 0 and uniform(neg[~has])
+    # negatives of one sample are independent of each other: all pairs (first, second) are as likely
+    mine = batch.neg[batch.users == 2]
+    left = np.searchsorted(np.flatnonzero(mask[2] == 0), mine)
+    assert uniform(np.bincount(left[:, 0] * 17 + left[:, 1], minlength=17 * 17))
+    assert not uniform(np.bincount(np.minimum(left[:, 0], left[:, 1]), minlength=17))  # what the test can see
 
 
 def test_pure_function_of_seed_epoch_step():
@@ -166,6 +244,56 @@ def test_input_is_not_changed():
     assert train.indices.tolist() == [2, 0, 2]
 
 
+def test_unsorted_rows_and_duplicates_are_sorted_and_merged():
+    col, rowptr = np.array([4, 2, 4, 0, 1]), np.array([0, 3, 3, 5])
+    messy = sparse.csr_matrix((np.ones(5, np.float32), col, rowptr), shape=(3, 6))
+    tidy = dense([[0, 0, 1, 0, 1, 0], [0] * 6, [1, 1, 0, 0, 0, 0]])
+    a, b = (Sampler(m, 3, 64, seed=8).batch(0, 0) for m in (messy, tidy))
+    assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+    assert messy.indices.tolist() == [4, 2, 4, 0, 1]
+
+
+def test_compact_is_unique_and_its_inverse():
+    rng = np.random.default_rng(0)
+    for num_users, num_items, size, width, extra in (
+        (50, 70, 40, 5, 9),
+        (64, 128, 200, 1, 0),
+        (1, 1, 1, 2, None),
+        (5, 5, 0, 3, 2),
+    ):
+        users, candidates = rng.integers(0, num_users, size), rng.integers(0, num_items, (size, width))
+        nodes = None if extra is None else rng.integers(0, num_users + num_items, extra)
+        rows, first_item, local_users, local, counts, where = _host.compact(
+            users, candidates, num_users, num_items, nodes
+        )
+        ids = [users, (candidates + num_users).ravel(), [] if nodes is None else nodes]
+        assert np.array_equal(rows, np.unique(np.concatenate(ids)))
+        assert first_item == (rows < num_users).sum()
+        assert np.array_equal(rows[local_users], users)
+        assert np.array_equal(rows[local + first_item], candidates + num_users)
+        assert where is None if nodes is None else np.array_equal(rows[where], nodes)
+        touched = np.concatenate([local_users, (local[:, :2] + first_item).ravel()])
+        assert counts.dtype == np.float32 and np.array_equal(counts, np.bincount(touched, minlength=len(rows)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"users": [0, 9]}, "users: entry 1 is 9, expected"),
+        ({"users": [0]}, "candidates: expected 1 rows"),
+        ({"candidates": [[0, 1], [-1, 2]]}, "candidates: entry 2 is -1, expected"),
+        ({"candidates": [0, 1]}, "candidates: expected 2 dimension"),
+        ({"extra": [8]}, "extra: entry 0 is 8, expected"),
+        ({"num_items": -1}, "num_items: expected >= 0"),
+    ],
+)
+def test_compact_refuses(change, message):
+    good = {"users": [0, 2], "candidates": [[0, 1], [4, 2]], "num_users": 3, "num_items": 5, "extra": [7]}
+    arguments = {k: np.array(v, np.int64) if isinstance(v, list) else v for k, v in (good | change).items()}
+    with pytest.raises(ValueError, match=message):
+        _host.compact(**arguments)
+
+
 def test_refusals():
     train = dense([[1, 0], [1, 1]])
     with pytest.raises(ValueError, match="user 1 has all 2 items"):
@@ -185,5 +313,7 @@ def test_refusals():
             Sampler(good, **({"num_negatives": 1, "batch_size": 4} | options))
     with pytest.raises(TypeError, match="seed must be a whole number"):
         Sampler(good, 1, 4, seed=0.5)
+    with pytest.raises(ValueError, match="num_threads"):
+        Sampler(good, 1, 4, num_threads=0)
     with pytest.raises(ValueError, match="epoch"):
         Sampler(good, 1, 4).batch(-1, 0)
