@@ -12,7 +12,7 @@ import numpy as np
 
 from .errors import DataError
 
-__all__ = ["expect_kind", "open_npy", "open_npz", "refuse_pickle", "sniff"]
+__all__ = ["MOST_EXPANSION", "SMALL", "expect_kind", "open_npy", "open_npz", "refuse_pickle", "sniff"]
 
 _MAGIC = (
     (b"\x93NUMPY", "npy"),
@@ -22,8 +22,8 @@ _MAGIC = (
     (b"\x1f\x8b", "gzip"),
     (b"\x89HDF", "hdf5"),
 )
-_SMALL = 64 << 20  # bytes that are unpacked without asking how much they were packed
-_MOST_EXPANSION = 200  # deflate reaches 1,000 on constant arrays; a matrix with its indices stays below 20
+SMALL = 64 << 20  # bytes that are unpacked without asking how much they were packed
+MOST_EXPANSION = 200  # deflate reaches 1,000 on constant arrays; a matrix with its indices stays below 20
 _PICKLE_SUFFIXES = {".pkl", ".pickle", ".pt", ".pth", ".p"}
 _NAMES = {
     "npy": "a NumPy .npy array",
@@ -140,9 +140,9 @@ def open_npz(path: Path) -> dict[str, np.ndarray]:
 def _check_expansion(path: Path, archive: zipfile.ZipFile) -> None:
     size, members = path.stat().st_size, archive.infolist()
     unpacked = sum(info.file_size for info in members)
-    if unpacked > max(_SMALL, _MOST_EXPANSION * size) or sum(info.compress_size for info in members) > size:
+    if unpacked > max(SMALL, MOST_EXPANSION * size) or sum(info.compress_size for info in members) > size:
         raise DataError(
-            f"{path}: {size:,} bytes that claim to unpack to {unpacked:,}; expected at most {_MOST_EXPANSION} times the "
+            f"{path}: {size:,} bytes that claim to unpack to {unpacked:,}; expected at most {MOST_EXPANSION} times the "
             "size. If the arrays are really that uniform, save them uncompressed (numpy.savez)"
         )
 

@@ -8,9 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from .errors import DataError
-from .files import expect_kind, open_npy
-
-_SMALL = 64 << 20  # bytes
+from .files import SMALL, expect_kind, open_npy
 
 __all__ = ["as_ids", "distinct", "first_duplicate", "ids_from_text", "locate", "read_ids", "text_array", "unify"]
 
@@ -23,7 +21,7 @@ def text_array(values: Sequence[str], where: object = "ids") -> np.ndarray:
     """
     lengths = [len(value) for value in values]
     longest, total = max(lengths, default=0), sum(lengths)
-    if 4 * longest * len(values) > max(_SMALL, 256 * total):
+    if 4 * longest * len(values) > max(4 * SMALL, 64 * total):
         row = lengths.index(longest)
         raise DataError(
             f"{where}: row {row + 1} has {longest:,} characters, the average {total / len(values):.0f}; expected ids of "

@@ -147,7 +147,7 @@ def read_csr(path: Path) -> sparse.csr_matrix:
         matrix = sparse.csr_matrix((arrays["data"], arrays["indices"], arrays["indptr"]), shape=shape)
         matrix.check_format(full_check=True)
     except Exception as error:  # whatever scipy says of parts that do not fit
-        raise DataError(f"{path}: a broken csr matrix ({error})") from None
+        raise DataError(f"{path}: not a valid sparse matrix ({error})") from None
     return matrix
 
 
@@ -160,7 +160,8 @@ def _kind_and_shape(path: Path, arrays: Mapping[str, np.ndarray]) -> tuple[bytes
     if needed is None or "shape" not in arrays or any(member not in arrays for member in needed):
         raise DataError(
             f"{path}: expected a csr, csc or coo matrix written by scipy.sparse.save_npz, found the arrays "
-            f"{sorted(arrays)[:8]}" + (f" of format {str(kind)[:20]}" if kind else "")
+            f"{sorted(arrays)[:8]}"
+            + (f" of format {kind[:20].decode(errors='replace')!r}" if isinstance(kind, bytes) and kind else "")
         )
     declared = arrays["shape"]
     if declared.shape != (2,) or declared.dtype.kind not in "iu" or (declared < 0).any():

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from .errors import DataError
-from .files import expect_kind
+from .files import MOST_EXPANSION, SMALL, expect_kind
 from .ids import as_ids, ids_from_text, text_array
 
 __all__ = ["ITEM_NAMES", "TABLE_SUFFIXES", "RawInteractions", "Table", "read_columns", "read_interactions"]
@@ -188,7 +188,10 @@ def _read_parquet(path: Path) -> Table:
         # text that repeats is kept once: otherwise a small file can unpack to any size
         table = pq.read_table(path, read_dictionary=text)
         _check_header(path, table.column_names)
-        columns = {name: _to_numpy(pa, column) for name, column in zip(table.column_names, table.columns, strict=True)}
+        columns = {
+            name: _to_numpy(pa, column, max(SMALL, MOST_EXPANSION * path.stat().st_size))
+            for name, column in zip(table.column_names, table.columns, strict=True)
+        }
     except DataError:
         raise
     except Exception as error:  # whatever Arrow says of a broken file
@@ -201,7 +204,8 @@ def _is_text(pa, kind) -> bool:
     return types.is_string(kind) or types.is_binary(kind) or types.is_large_string(kind) or types.is_large_binary(kind)
 
 
-def _to_numpy(pa, column) -> np.ndarray:
+def _to_numpy(pa, column, most: int) -> np.ndarray:
+    """A column as an array; text as objects, one for all its repetitions, of at most `most` characters in all."""
     if not pa.types.is_dictionary(column.type):
         return column.to_numpy()
     whole = column.unify_dictionaries().combine_chunks()
@@ -209,7 +213,11 @@ def _to_numpy(pa, column) -> np.ndarray:
         return whole.to_numpy()
     values = np.empty(len(whole.dictionary) + 1, object)
     values[:-1] = whole.dictionary.to_pylist()  # and None at -1
-    return values[whole.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
+    rows = whole.indices.fill_null(-1).to_numpy(zero_copy_only=False)
+    lengths = np.asarray([0 if value is None else len(value) for value in values.tolist()])
+    if (total := int(lengths[rows].sum())) > most:
+        raise ValueError(f"its text unpacks to {total:,} characters; expected at most {most:,} in a file of this size")
+    return values[rows]
 
 
 @dataclass(frozen=True)

@@ -58,11 +58,11 @@ def killed_at(event: int | None, folder: Path, report: Path | None, job, *argume
 
     def hook(name: str, arguments: tuple) -> None:
         nonlocal count
-        if name in _FILE_EVENTS and isinstance(arguments[0], (str, os.PathLike)):
-            if os.fspath(arguments[0]).startswith(os.fspath(folder)):
-                count += 1
-                if count == event:
-                    os.kill(os.getpid(), signal.SIGKILL)
+        named = name in _FILE_EVENTS and isinstance(arguments[0], (str, os.PathLike))
+        if named and os.fspath(arguments[0]).startswith(os.fspath(folder)):
+            count += 1
+            if count == event:
+                os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
     job(*arguments)
@@ -72,12 +72,12 @@ def killed_at(event: int | None, folder: Path, report: Path | None, job, *argume
 
 def result_of(report: Path, prepare, job, *arguments) -> None:
     """Runs a job after `prepare()`; writes the exception it ended with, as [class, text]."""
-    file = open(report, "w", buffering=1)  # opened before `prepare` takes rights or space away
-    try:
-        prepare()
-        job(*arguments)
-    except Exception as error:
-        file.write(json.dumps([type(error).__name__, str(error)]))
+    with open(report, "w", buffering=1) as file:  # opened before `prepare` takes rights or space away
+        try:
+            prepare()
+            job(*arguments)
+        except Exception as error:
+            file.write(json.dumps([type(error).__name__, str(error)]))
 
 
 def small_files() -> None:
