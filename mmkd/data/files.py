@@ -117,6 +117,7 @@ def open_npy(path: Path, *, mmap: bool = True) -> np.ndarray:
                 "Expected a numeric (or fixed-width string) array: save it again with array.astype('float32')"
             ) from None
         raise DataError(f"{path}: cannot be read as a .npy array ({_said(error)}); is the file cut short?") from error
+    _check_type(path, array)
     return array if mmap else np.array(array)
 
 
@@ -169,7 +170,21 @@ def _member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.n
     declared = math.prod(shape) * dtype.itemsize
     if min(shape, default=0) < 0 or not dtype.itemsize or head.tell() + declared != filled or filled != info.file_size:
         raise ValueError(f"member {info.filename!r} declares {shape} of {dtype} and holds {filled - head.tell()} bytes")
-    return raw[head.tell() :].view(dtype).reshape(shape, order="F" if fortran else "C")
+    array = raw[head.tell() :].view(dtype).reshape(shape, order="F" if fortran else "C")
+    _check_type(path, array)
+    return array
+
+
+def _check_type(path: Path, array: np.ndarray) -> None:
+    """Refuse arrays of records, and text of which an entry is none: NumPy itself does not look, and fails later."""
+    if array.dtype.kind == "V":
+        raise DataError(f"{path}: expected numbers or text, found records of {reprlib.repr(str(array.dtype))}")
+    if array.dtype.kind == "U" and array.size:
+        flat = np.ascontiguousarray(array).reshape(-1)
+        codes = flat.view(np.dtype(np.uint32).newbyteorder(array.dtype.byteorder)).reshape(len(flat), -1)
+        bad = (codes > 0x10FFFF) | ((codes >= 0xD800) & (codes < 0xE000))
+        if bad.any():
+            raise DataError(f"{path}: entry {int(bad.any(1).argmax())} is not valid Unicode text; is the file damaged?")
 
 
 def _said(error: Exception) -> str:

@@ -85,7 +85,7 @@ class RunFolder:
                 ) from None
             except OSError:  # a file system without locks
                 pass
-            for folder in (self.path, self.path / "checkpoints"):
+            for folder in (self.path, *(inside for inside in self.path.iterdir() if inside.is_dir())):
                 sweep(folder)
             yield
         finally:

@@ -35,6 +35,15 @@ def train(folder: Path, **settings) -> None:
     mmkd.train({**SETTINGS, **settings}, out=folder, resume=True)
 
 
+def update(run: Path, new: Path, folder: Path) -> None:
+    """`mmkd update`, new or resumed."""
+    torch.set_num_threads(1)
+    sys.modules["mmkd.training.incremental"].plot_curves = lambda *_: False
+    mmkd.update(
+        run, new, out=folder, resume=True, overrides=["update.epochs=4", "update.batch_size=32", "progress=false"]
+    )
+
+
 def cli(folder: Path, *arguments: str) -> None:
     """`mmkd ...`, as a process with that exit code."""
     from mmkd.cli import app

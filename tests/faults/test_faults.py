@@ -27,7 +27,7 @@ from mmkd.training.checkpoint import load_checkpoint
 from mmkd.training.run_folder import RunFolder
 from tests.faults import jobs
 
-KILLS = {"training, any moment": 22, "training, at a file": 16, "export, at a file": 12}
+KILLS = {"training, any moment": 22, "training, at a file": 16, "export, at a file": 12, "update, at a file": 8}
 
 
 def run(job, *arguments, kill_after: float | None = None) -> tuple[int, float]:
@@ -54,8 +54,11 @@ def whole(tmp_path_factory) -> tuple[Path, int, float]:
     return folder, json.loads(report.read_text()), seconds
 
 
-def assert_same_end(folder: Path, whole: Path) -> None:
-    for name in ("student", "teacher", "checkpoints/student", "checkpoints/lightgcn"):
+TRAINED = ("student", "teacher", "checkpoints/student", "checkpoints/lightgcn")
+
+
+def assert_same_end(folder: Path, whole: Path, names: tuple[str, ...] = TRAINED) -> None:
+    for name in names:
         one, two = load_file(folder / f"{name}.safetensors"), load_file(whole / f"{name}.safetensors")
         assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one), name
     lines = [[{**line, "seconds": 0} for line in RunFolder(path).metrics()] for path in (folder, whole)]
@@ -81,47 +84,66 @@ def assert_all_readable(folder: Path) -> None:
         assert mmkd.load(folder).recommend(3, 2)
 
 
-def kill_training(folders, count: int, whole, kill) -> None:
-    """Kills and resumes `count` times, in a new folder each time a run got to its end; every run must end the same."""
+def kill_often(places: Path, count: int, job, whole: Path, names: tuple[str, ...], kill) -> None:
+    """Kills `job(folder)` and resumes it, `count` times, in a new folder each time one got to its end; every one must end
+    the same. `kill(folder)` runs the job, kills it or not, and returns the exit code."""
+    folders = (places / str(number) for number in range(1000))
     folder, done = next(folders), 0
     while done < count:
         code = kill(folder)
         if code == 0:
-            assert_same_end(folder, whole)
+            assert_same_end(folder, whole, names)
             folder = next(folders)
             continue
         assert code == -signal.SIGKILL
         done += 1
         assert_all_readable(folder)
-    assert run(jobs.train, folder)[0] == 0
-    assert_same_end(folder, whole)
+    assert run(*job(folder))[0] == 0
+    assert_same_end(folder, whole, names)
     assert not [p for p in folder.rglob(".*")], "a temporary of a killed process was left behind"
 
 
 @pytest.mark.slow
 def test_training_killed_at_any_moment_ends_bit_equal(whole, tmp_path):
     path, _, seconds = whole
-    rng = random.Random(1)
-    folders = (tmp_path / str(number) for number in range(1000))
-    kill_training(
-        folders,
-        KILLS["training, any moment"],
-        path,
-        lambda folder: run(jobs.train, folder, kill_after=rng.uniform(0.02, 0.6 * seconds))[0],
-    )
+    rng, count = random.Random(1), KILLS["training, any moment"]
+
+    def kill(folder):
+        return run(jobs.train, folder, kill_after=rng.uniform(0.02, 0.6 * seconds))[0]
+
+    kill_often(tmp_path, count, lambda folder: (jobs.train, folder), path, TRAINED, kill)
 
 
 @pytest.mark.slow
 def test_training_killed_at_a_file_operation_ends_bit_equal(whole, tmp_path):
     path, events, _ = whole
-    rng = random.Random(2)
-    folders = (tmp_path / str(number) for number in range(1000))
-    kill_training(
-        folders,
-        KILLS["training, at a file"],
-        path,
-        lambda folder: run(jobs.killed_at, rng.randint(1, events // 2), folder, None, jobs.train, folder)[0],
-    )
+    rng, count = random.Random(2), KILLS["training, at a file"]
+
+    def kill(folder):
+        return run(jobs.killed_at, rng.randint(1, events // 2), folder, None, jobs.train, folder)[0]
+
+    kill_often(tmp_path, count, lambda folder: (jobs.train, folder), path, TRAINED, kill)
+
+
+@pytest.mark.slow
+def test_an_update_killed_at_a_file_operation_ends_bit_equal(whole, tmp_path):
+    if not hasattr(mmkd, "update"):
+        pytest.skip("this version has no update")
+    path, _, _ = whole
+    new, report, sound = tmp_path / "new.csv", tmp_path / "events", tmp_path / "sound"
+    rng, count = random.Random(4), KILLS["update, at a file"]
+    rows = {(rng.randrange(70), rng.randrange(55)) for _ in range(300)}
+    new.write_text("user,item\n" + "\n".join(f"{user},{item}" for user, item in sorted(rows)))
+    assert run(jobs.killed_at, None, sound, report, jobs.update, path, new, sound)[0] == 0
+    events, before = json.loads(report.read_text()), (path / "student.safetensors").read_bytes()
+
+    def kill(folder):
+        return run(jobs.killed_at, rng.randint(1, events), folder, None, jobs.update, path, new, folder)[0]
+
+    names = ("student", "checkpoints/update")
+    (tmp_path / "killed").mkdir()
+    kill_often(tmp_path / "killed", count, lambda folder: (jobs.update, path, new, folder), sound, names, kill)
+    assert (path / "student.safetensors").read_bytes() == before
 
 
 def test_a_killed_export_leaves_the_one_before_or_the_new_one(whole, tmp_path):
@@ -146,7 +168,7 @@ def test_a_killed_export_leaves_the_one_before_or_the_new_one(whole, tmp_path):
 
 
 def test_fifty_kills():
-    assert sum(KILLS.values()) >= 50
+    assert sum(KILLS.values()) - KILLS["update, at a file"] >= 50
 
 
 @pytest.mark.parametrize("stage", ["lightgcn", "teacher", "student"])

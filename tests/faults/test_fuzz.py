@@ -173,7 +173,7 @@ TARGETS = {
     "checkpoint": Target(_make_checkpoint, _read_checkpoint, (CheckpointError,)),
     "run": Target(_make_run, _read_run, (RunLoadError, RunError, ConfigError)),
     **{
-        f"export {to}": Target(_make_export(to), _read_export, (ExportError,))
+        f"export-{to}": Target(_make_export(to), _read_export, (ExportError,))
         for to in ("safetensors", "parquet", "faiss")
     },
 }
