@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from mmkd.cli import app
@@ -21,6 +22,14 @@ FENCE = re.compile(r"^```(python|bash|sh|console)\n(.*?)^```", re.MULTILINE | re
 ELSEWHERE = re.compile(r"<!-- snippets: (tests/\S+\.py) -->")
 PAGES = [p for p in sorted((ROOT / "docs").rglob("*.md")) if FENCE.search(p.read_text(encoding="utf-8"))]
 SHORT = ("dim=8", "progress=false", "baselines=[popularity]", "teacher.epochs=1", "student.epochs=1")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def run_command(line: str) -> None:

@@ -149,9 +149,10 @@ def _as_rows(pairs: tuple[list[str], list[str]], path: Path) -> np.ndarray:
     try:
         rows = text_array(items, path).astype(np.int64) if items else np.empty(0, np.int64)
     except (ValueError, OverflowError):
-        user, item = next((user, item) for user, item in zip(users, items, strict=True) if not item.isdecimal())
+        wrong = (pair for pair in zip(users, items, strict=True) if not pair[1].isdecimal() or len(pair[1]) > 18)
+        user, item = next(wrong, (users[0], items[0]))
         raise DataError(
-            f"{path}: user {user!r}: item {item!r} is no row number of the feature files; expected 0, 1, 2, "
+            f"{path}: user {user!r}: item {reprlib.repr(item)} is no row number of the feature files; expected 0, 1, 2, "
             "... or an "
             "item_ids.txt with one id a line in the order of the rows"
         ) from None

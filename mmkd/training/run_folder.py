@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import yaml
 from mmkd.config import Config, read_yaml
 from mmkd.data import Dataset
 from mmkd.files import append_line, make_folder, sweep, write_atomic, write_json, write_text
-from mmkd.training.loggers import Loggers
+from mmkd.training.loggers import Logger, Loggers
 
 # Settings that may differ between a run and its resumption without changing a single number.
 FREE_SETTINGS = ("progress", "threads", "device", "log")
@@ -69,24 +69,34 @@ class RunFolder:
         return folder
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Nobody else trains in this folder meanwhile; what a killed run left half-written in it is removed.
+    def held(self, loggers: Iterable[Logger] = ()) -> Iterator[None]:
+        """What trains in this folder does it in here: nobody else may meanwhile, what a killed run left half-written is
+        removed first, and the loggers hear of the start, every epoch and the end.
 
         Raises:
             RunError: another process is training in it.
         """
+        with self._locked():
+            for folder in (self.path, *(inside for inside in self.path.iterdir() if inside.is_dir())):
+                sweep(folder)
+            self.loggers = Loggers(loggers)
+            self.loggers.start(self.path, str(self.info().get("started")), read_yaml(self.path / "config.yaml"))
+            results = None
+            try:
+                yield
+                results = self.info().get("results")
+            finally:
+                self.loggers.finish(results)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
         handle = os.open(self.path, os.O_RDONLY)
         try:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise RunError(
-                    f"run folder {self.path}: another process is training in it; wait, or use another --out"
-                ) from None
-            except OSError:  # a file system without locks
-                pass
-            for folder in (self.path, *(inside for inside in self.path.iterdir() if inside.is_dir())):
-                sweep(folder)
+                message = f"run folder {self.path}: another process is training in it; wait, or use another --out"
+                raise RunError(message) from None
             yield
         finally:
             os.close(handle)

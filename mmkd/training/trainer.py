@@ -24,7 +24,7 @@ from mmkd.models.lightgcn import LightGCN, initial_table
 from mmkd.models.prompt import Prompt, prompt_basis
 from mmkd.models.teacher import Teacher
 from mmkd.training.collapse import FrozenTeacher
-from mmkd.training.loggers import Logger, Loggers, make_loggers
+from mmkd.training.loggers import Logger, make_loggers
 from mmkd.training.run_folder import RunFolder
 from mmkd.training.stage import Stage, StageResult, seeded
 from mmkd.training.stop import Stop
@@ -88,17 +88,10 @@ def train(
         raise ConfigError(
             f"data set {dataset.name!r} has no item features, so there is no teacher to learn from; add <modality>_feat.npy"
         )
-    listening = Loggers([*make_loggers(settings.log), *loggers])
+    listening = [*make_loggers(settings.log), *loggers]
     folder = RunFolder.start(out, settings, dataset, resume)
-    folder.loggers = listening
-    with folder.held():
-        folder.loggers.start(folder.path, folder.info().get("started", ""), settings.model_dump(mode="json"))
-        result = None
-        try:
-            result = _Run(settings, dataset, folder, stop or Stop()).run()
-        finally:
-            folder.loggers.finish(result.rows if result else None)
-    return result
+    with folder.held(listening):
+        return _Run(settings, dataset, folder, stop or Stop()).run()
 
 
 def pick_device(wanted: str) -> torch.device:

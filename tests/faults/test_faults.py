@@ -290,11 +290,15 @@ def test_a_folder_that_is_a_file_is_refused(tmp_path):
         mmkd.train(jobs.SETTINGS, out=tmp_path / "file" / "run")
 
 
-def test_two_runs_in_one_folder_are_refused(tmp_path):
-    folder = RunFolder(tmp_path)
-    with folder.held(), pytest.raises(RunError, match="another process is training"), RunFolder(tmp_path).held():
+def test_two_runs_in_one_folder_are_refused(whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "run")
+    with (
+        RunFolder(tmp_path / "run").held(),
+        pytest.raises(RunError, match="another process is training"),
+        RunFolder(tmp_path / "run").held(),
+    ):
         pass
-    with folder.held():
+    with RunFolder(tmp_path / "run").held():
         pass
 
 
