@@ -64,7 +64,7 @@ def test_an_own_logger_sees_what_metrics_jsonl_holds_and_a_broken_one_harms_nobo
 
 def test_a_failed_run_is_told(tmp_path, monkeypatch):
     recorder = Recorder()
-    monkeypatch.setattr("mmkd.training.trainer._Run._student", lambda *_: 1 / 0)
+    monkeypatch.setattr("mmkd.training.trainer.FrozenTeacher", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         mmkd.train(SETTINGS, out=tmp_path / "r", loggers=[recorder])
     assert recorder.calls[-1] == ("finish", None)

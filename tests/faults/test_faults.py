@@ -229,7 +229,7 @@ def test_a_full_disk_stops_the_run_keeps_the_checkpoint_and_the_run_goes_on(whol
     out, report = tmp_path / "run", tmp_path / "report"
     settings = {**jobs.SETTINGS, "baselines": ["popularity", "lightgcn"]}
     with pytest.MonkeyPatch.context() as patch:  # a run that ends after the LightGCN
-        patch.setattr("mmkd.training.trainer._Run._teacher", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("mmkd.training.trainer.Teacher", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             mmkd.train(settings, out=out)
     assert run(jobs.result_of, report, jobs.small_files, jobs.train, out)[0] == 0
