@@ -83,5 +83,8 @@ def test_the_site_builds_without_a_warning(tmp_path):
     settings = (tmp_path / "site" / "reference" / "configuration" / "index.html").read_text(encoding="utf-8")
     sections = {key.split(".")[0] for key in known_keys() if "." in key}
     assert all(key in settings for key in known_keys() if key not in sections)
+    rows = re.findall(r"<tr>(.*?)</tr>", settings, re.DOTALL)
+    assert all(len(re.findall(r"<t[dh]", row)) == 4 for row in rows)
+    assert "weight of KL(b^T || b^S)" in settings
     api = (tmp_path / "site" / "reference" / "ops" / "index.html").read_text(encoding="utf-8")
     assert 'id="mmkd.ops.emb_kd_loss"' in api

@@ -101,12 +101,12 @@ def configuration() -> str:
         ]
         for name, field in model.model_fields.items():
             if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-                lines.append(f"| [`{name}`](#{(path + name).replace('.', '')}) | section | | {field.description} |")
+                lines.append(f"| [`{name}`](#{(path + name).replace('.', '')}) | section | | {_cell(field)} |")
                 continue
             kind = _type(field)
             full = f"{path}.{name}" if path else name
             default = field.get_default(call_default_factory=True)
-            lines.append(f"| `{full}` | {kind} | `{default!r}` | {field.description} |")
+            lines.append(f"| `{full}` | {kind} | `{default!r}` | {_cell(field)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -117,9 +117,13 @@ def _models(model: type[BaseModel], path: str = "") -> Iterator[tuple[str, type[
             yield from _models(field.annotation, f"{path}.{name}" if path else name)
 
 
+def _cell(field) -> str:
+    return (field.description or "").replace("|", "\\|")
+
+
 def _type(field) -> str:
     name = field.annotation.__name__ if isinstance(field.annotation, type) else str(field.annotation)
-    name = name.replace("typing.", "")
+    name = name.replace("typing.", "").replace(" | None", " or None")
     limits = [str(rule) for rule in field.metadata if type(rule).__name__ in ("Ge", "Gt", "Le", "Lt")]
     signs = {"Ge(ge=": "≥ ", "Gt(gt=": "> ", "Le(le=": "≤ ", "Lt(lt=": "< "}
     for long, short in signs.items():
