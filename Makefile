@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml CMakeLists.txt constraints.txt $(wildcard cmake/*.cmake) $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test bench info lint format test-asan gpu-report clean
+.PHONY: help install demo test fuzz docs bench info lint format test-asan gpu-report clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -37,6 +37,12 @@ test-asan: install ## the op, sampler and CSR tests under AddressSanitizer and U
 	preload=; for lib in libasan.so libubsan.so libstdc++.so; do preload="$$preload:$$($${CXX:-c++} -print-file-name=$$lib)"; done; \
 	LD_PRELOAD="$${preload#:}" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 MMKD_OUT=$(CURDIR)/$(ASAN) \
 	$(BIN)/python -m pytest tests/ops tests/test_sampling.py tests/test_graph.py -q -p no:cacheprovider $(PYTEST_ARGS)
+
+fuzz: install ## 100,000 damaged files against every reader (FUZZ=N for another number)
+	MMKD_FUZZ=$(or $(FUZZ),100000) $(BIN)/python -m pytest tests/faults/test_fuzz.py -s -k damaged_files $(PYTEST_ARGS)
+
+docs: install ## the documentation site in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: install ## every op against its rivals (keep the machine idle)
 	$(BIN)/python -m pytest bench $(PYTEST_ARGS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -147,6 +148,9 @@ class Config(_Section):
         ("popularity", "item-knn", "lightgcn"), description="what the summary compares with; [] trains none"
     )
     checkpoint_every: int = Field(5, ge=1, description="epochs between two checkpoints")
+    log: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
+        (), description="where the numbers go besides metrics.jsonl"
+    )
     progress: bool = Field(True, description="show a progress bar")
 
     def to_yaml(self) -> str:
@@ -180,7 +184,7 @@ def _explain(error: ValidationError) -> str:
         if item["type"] == "extra_forbidden":
             lines.append(f"unknown setting '{path}'; {_nearest(path)}")
         else:
-            lines.append(f"setting '{path}': {item['msg']}, got {item['input']!r}")
+            lines.append(f"setting '{path}': {item['msg']}, got {reprlib.repr(item['input'])}")
     return "\n".join(lines)
 
 
@@ -197,8 +201,8 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         if not equals or not all(parts):
             raise ConfigError(f"override {text!r}: expected key=value with a dotted key, e.g. teacher.lr=1e-3")
         try:
-            parsed = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+            parsed = yaml.load(value, _Loader)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ConfigError(f"override {text!r}: the value is not valid YAML ({error})") from error
         node = tree
         for depth, part in enumerate(parts[:-1]):
@@ -217,12 +221,26 @@ def _merge(base: dict[str, Any], update: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+class _Loader(yaml.SafeLoader):
+    """Plain data only. Aliases are refused: nested ones make a few lines stand for any amount of memory."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"aliases (*{self.peek_event().anchor}) are not taken; write the value out")
+        return super().compose_node(parent, index)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file as a mapping.
+
+    Raises:
+        ConfigError: missing, unreadable, or no mapping.
+    """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise ConfigError(f"config file {path} does not exist") from None
-    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+    except (yaml.YAMLError, OSError, ValueError, OverflowError, RecursionError) as error:
         raise ConfigError(f"config file {path} is not readable YAML: {error}") from error
     if content is None:
         return {}
@@ -244,7 +262,7 @@ def load_config(source: Config | Mapping[str, Any] | str | Path | None = None, o
     elif isinstance(source, Mapping):
         content = dict(source)
     elif isinstance(source, (str, Path)):
-        content = _read_yaml(Path(source))
+        content = read_yaml(Path(source))
     else:
         raise TypeError(f"config: expected Config, mapping, path or None, got {type(source).__name__}")
     content = _merge(content, parse_overrides(overrides))

@@ -98,3 +98,29 @@ def test_show_settings_is_a_valid_config_file(tmp_path):
     result = runner.invoke(app, ["train", "--show-settings"])
     (tmp_path / "c.yaml").write_text(result.stdout)
     assert load_config(tmp_path / "c.yaml") == Config()
+
+
+def test_help_of_train_groups_its_options_and_shows_defaults(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    text = runner.invoke(app, ["train", "--help"]).output
+    panels = [line for line in text.splitlines() if line.startswith("╭")]
+    for name in ("Data", "Settings", "Run folder, interruption, logging"):
+        assert any(name in panel for panel in panels), panels
+    for default in ("runs/<data>-<time>", "metrics.jsonl alone", "demo, or what --config says", "built-in defaults"):
+        assert default in text
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [("mmkd tr", "train"), ("mmkd train --res", "--resume"), ("mmkd train --set teacher.l", "teacher.lr="), ("mmkd train --log t", "tensorboard")],
+)  # fmt: skip
+def test_shell_completion(words, expected, monkeypatch):
+    monkeypatch.setenv("_MMKD_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(words.count(" ")))
+    assert expected in runner.invoke(app, [], prog_name="mmkd").stdout.split()
+
+
+def test_resume_of_nothing_does_not_start_the_demo(tmp_path):
+    result = runner.invoke(app, ["train", "--resume", "--out", str(tmp_path / "none")])
+    assert result.exit_code == 1 and "start it without --resume" in " ".join(result.output.split())

@@ -112,7 +112,7 @@ def _bad_columns(path):
         (_ids(user_ids=np.array([{"a": 1}] * USERS)), "damaged or missing"),  # objects: a pickle, never opened
         (_ids(item_names=np.array(["x"])), "item_names: expected 40 entries"),
         (lambda p: sp.save_npz(p / "seen.npz", sp.csr_matrix((3, 3))), r"seen: expected shape \(30, 40\)"),
-        (_bad_columns, "seen: not a valid sparse matrix"),
+        (_bad_columns, "seen.npz: not a valid sparse matrix"),
     ],
 )
 def test_damage_is_refused_by_name(tmp_path, damage, message):

@@ -94,11 +94,11 @@ def test_a_resumed_run_ends_bit_equal(finished, dataset, tmp_path, monkeypatch, 
     epochs = []
     original = stage_module.Stage._epoch
 
-    def stop_in_second_epoch(self, optimizer, epoch, bar):
-        epochs.append(epoch)
-        if self.task.name == stop and epoch == 1:
+    def stop_in_second_epoch(self, optimizer, state, *rest):
+        epochs.append(state["epoch"])
+        if self.task.name == stop and state["epoch"] == 1:
             raise KeyboardInterrupt
-        return original(self, optimizer, epoch, bar)
+        return original(self, optimizer, state, *rest)
 
     config = quick(baselines=["popularity", "item-knn", "lightgcn"])
     with monkeypatch.context() as patch:

@@ -32,11 +32,13 @@ class Friendly:
     def __exit__(self, kind, error, traceback) -> bool:
         from mmkd.config import ConfigError
         from mmkd.data import DataError
+        from mmkd.files import WriteError
         from mmkd.serving import RunLoadError
         from mmkd.training import CheckpointError, RunError, TrainingError
 
         if isinstance(
-            error, (ConfigError, DataError, RunLoadError, CheckpointError, RunError, TrainingError, ValueError)
+            error,
+            (ConfigError, DataError, RunLoadError, CheckpointError, RunError, TrainingError, WriteError, ValueError),
         ):
             console.print(f"[red]error:[/] {error}", highlight=False)
             raise typer.Exit(1)

@@ -8,17 +8,37 @@ from pathlib import Path
 import numpy as np
 
 from .errors import DataError
-from .files import expect_kind, open_npy
+from .files import SMALL, expect_kind, open_npy
 
-__all__ = ["as_ids", "distinct", "first_duplicate", "ids_from_text", "locate", "read_ids", "unify"]
+__all__ = ["as_ids", "distinct", "first_duplicate", "ids_from_text", "locate", "read_ids", "text_array", "unify"]
 
 
-def ids_from_text(values: Sequence[str]) -> np.ndarray:
+def text_array(values: Sequence[str], where: object = "ids") -> np.ndarray:
+    """Text as a NumPy array, in which every entry takes the room of the longest.
+
+    Raises:
+        DataError: one entry is so long that it would blow up all the others, or is no valid Unicode text.
+    """
+    lengths = [len(value) for value in values]
+    longest, total = max(lengths, default=0), sum(lengths)
+    if 4 * longest * len(values) > max(4 * SMALL, 64 * total):
+        row = lengths.index(longest)
+        raise DataError(
+            f"{where}: row {row + 1} has {longest:,} characters, the average {total / len(values):.0f}; expected ids of "
+            "similar length"
+        )
+    for row, value in enumerate(values, 1):
+        if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
+            raise DataError(f"{where}: row {row} is not valid Unicode text: {value!r}")
+    return np.asarray(values, dtype=str)
+
+
+def ids_from_text(values: Sequence[str], where: object = "ids") -> np.ndarray:
     """Text to ids: int64 if every value is a plain integer (``"7"``, not ``"007"``), else the text itself.
 
     One leading zero anywhere keeps the whole column as text, so no two different ids ever become the same.
     """
-    text = np.asarray(values, dtype=str)
+    text = text_array(values, where)
     if text.size == 0:
         return text
     try:
@@ -28,7 +48,7 @@ def ids_from_text(values: Sequence[str]) -> np.ndarray:
     return numbers if bool((numbers.astype(str) == text).all()) else text
 
 
-def as_ids(values: np.ndarray) -> np.ndarray:
+def as_ids(values: np.ndarray, where: object = "ids") -> np.ndarray:
     """Typed ids (a Parquet column, a .npy array) as int64 or text."""
     values = np.asarray(values)
     if values.dtype.kind == "i" or (values.dtype.kind == "u" and values.dtype.itemsize < 8):
@@ -37,9 +57,11 @@ def as_ids(values: np.ndarray) -> np.ndarray:
         return values
     if values.dtype.kind == "f" and (values == np.floor(values)).all() and (np.abs(values) < 2**53).all():
         return values.astype(np.int64)
-    return np.asarray(
-        [value.decode() if isinstance(value, bytes) else str(value) for value in values.tolist()], dtype=str
-    )
+    try:
+        texts = [value.decode() if isinstance(value, bytes) else str(value) for value in values.tolist()]
+    except (UnicodeDecodeError, OverflowError, ValueError) as error:
+        raise DataError(f"{where}: expected ids that are numbers or UTF-8 text ({error})") from None
+    return text_array(texts, where)
 
 
 def unify(*arrays: np.ndarray) -> list[np.ndarray]:
@@ -86,13 +108,16 @@ def read_ids(path: Path) -> np.ndarray:
         array = open_npy(path, mmap=False)
         if array.ndim != 1:
             raise DataError(f"{path}: ids must be a 1-D array, found shape {array.shape}")
-        ids = as_ids(array)
+        ids = as_ids(array, path)
     else:
         expect_kind(path, "text")
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: expected UTF-8 text with one id a line ({error})") from None
         if "" in lines:
             raise DataError(f"{path}: line {lines.index('') + 1} is empty; expected one id a line")
-        ids = ids_from_text(lines)
+        ids = ids_from_text(lines, path)
     twice = first_duplicate(ids)
     if twice is not None:
         raise DataError(

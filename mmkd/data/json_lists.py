@@ -9,6 +9,7 @@ parent for ``5-core/train.json``.
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,8 +20,8 @@ from .dataset import Dataset
 from .errors import DataError
 from .features import open_rows, resolve_features
 from .files import expect_kind, open_npy
-from .ids import locate, read_ids
-from .npz import find_parts
+from .ids import locate, read_ids, text_array
+from .npz import check_extent, find_parts
 
 __all__ = ["find_json_folder", "load_json", "read_lists"]
 
@@ -47,7 +48,7 @@ def read_lists(path: Path) -> tuple[list[str], list[str]]:
     try:
         with open(path, encoding="utf-8-sig") as file:
             lists = json.load(file, object_pairs_hook=list)  # a list keeps a user that is there twice
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number of 5,000 digits, 100,000 brackets
         raise DataError(f"{path}: not what its name says: expected JSON ({error})") from None
     if not isinstance(lists, list) or not all(isinstance(entry, tuple) for entry in lists):
         raise DataError(f'{path}: expected an object {{"user": [items...]}}, found {type(lists).__name__}')
@@ -55,10 +56,12 @@ def read_lists(path: Path) -> tuple[list[str], list[str]]:
     items: list[str] = []
     for user, row in lists:
         if not isinstance(row, list):
-            raise DataError(f"{path}: user {user!r}: expected a list of items, found {row!r}")
+            raise DataError(f"{path}: user {user!r}: expected a list of items, found {reprlib.repr(row)}")
         for item in row:
             if isinstance(item, bool) or not isinstance(item, (int, str)) or item == "":
-                raise DataError(f"{path}: user {user!r}: expected an item id (a whole number or text), found {item!r}")
+                raise DataError(
+                    f"{path}: user {user!r}: expected an item id (a whole number or text), found {reprlib.repr(item)}"
+                )
             items.append(str(item))
         users.extend([user] * len(row))
     return users, items
@@ -85,10 +88,8 @@ def load_json(
     folders = [inner, *([inner.parent] if inner.name.endswith("-core") else [])]
     feature_paths = resolve_features(features, *folders, suffixes=(".npy",))
     item_ids, positions = _items(raw, paths, folders, feature_paths)
-    user_ids = _sorted_ids(np.unique(np.asarray([user for users, _ in raw.values() for user in users], dtype=str)))
-    parts = {
-        part: (locate(user_ids, np.asarray(users, dtype=str)), positions[part]) for part, (users, _) in raw.items()
-    }
+    user_ids = _sorted_ids(np.unique(text_array([user for users, _ in raw.values() for user in users], inner)))
+    parts = {part: (locate(user_ids, text_array(users, inner)), positions[part]) for part, (users, _) in raw.items()}
     arrays = {
         modality: open_rows(path, len(item_ids), "as the other item files have", _largest(positions, paths))
         for modality, path in feature_paths.items()
@@ -127,12 +128,13 @@ def _items(
             f"{largest[0]} rows, "
             f"found {count}"
         )
+    check_extent(next(iter(paths.values())), (count,), sum(len(rows) for rows in positions.values()))
     return np.arange(count).astype(str), positions
 
 
 def _known(ids: np.ndarray, pairs: tuple[list[str], list[str]], path: Path, ids_path: Path) -> np.ndarray:
     users, items = pairs
-    positions = locate(ids, np.asarray(items, dtype=str))
+    positions = locate(ids, text_array(items, path))
     missing = np.flatnonzero(positions < 0)
     if missing.size:
         first = missing[0]
@@ -145,11 +147,12 @@ def _known(ids: np.ndarray, pairs: tuple[list[str], list[str]], path: Path, ids_
 def _as_rows(pairs: tuple[list[str], list[str]], path: Path) -> np.ndarray:
     users, items = pairs
     try:
-        rows = np.asarray(items, dtype=str).astype(np.int64) if items else np.empty(0, np.int64)
+        rows = text_array(items, path).astype(np.int64) if items else np.empty(0, np.int64)
     except (ValueError, OverflowError):
-        user, item = next((user, item) for user, item in zip(users, items, strict=True) if not item.isdecimal())
+        wrong = (pair for pair in zip(users, items, strict=True) if not pair[1].isdecimal() or len(pair[1]) > 18)
+        user, item = next(wrong, (users[0], items[0]))
         raise DataError(
-            f"{path}: user {user!r}: item {item!r} is no row number of the feature files; expected 0, 1, 2, "
+            f"{path}: user {user!r}: item {reprlib.repr(item)} is no row number of the feature files; expected 0, 1, 2, "
             "... or an "
             "item_ids.txt with one id a line in the order of the rows"
         ) from None

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from scipy import sparse
 
 from .assemble import assemble
 from .dataset import Dataset
@@ -19,7 +20,7 @@ from .features import open_rows, resolve_features
 from .files import open_npz
 from .ids import read_ids
 
-__all__ = ["load_npz"]
+__all__ = ["check_extent", "find_parts", "load_npz", "read_csr", "read_matrix"]
 
 PART_NAMES = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 _MEMBERS = {
@@ -115,17 +116,7 @@ def read_matrix(path: Path) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
             finite.
     """
     arrays = open_npz(path)
-    kind = arrays.get("format", np.asarray(b"")).item()
-    kind = kind.encode() if isinstance(kind, str) else kind
-    needed = _MEMBERS.get(kind)
-    if needed is None or "shape" not in arrays or any(member not in arrays for member in needed):
-        raise DataError(
-            f"{path}: expected a csr, csc or coo matrix written by scipy.sparse.save_npz, found the arrays "
-            f"{sorted(arrays)}" + (f" of format {kind.decode()!r}" if kind else "")
-        )
-    if arrays["shape"].shape != (2,):
-        raise DataError(f"{path}: expected a users x items matrix, found shape {arrays['shape'].tolist()}")
-    shape = (int(arrays["shape"][0]), int(arrays["shape"][1]))
+    kind, shape = _kind_and_shape(path, arrays)
     data = arrays["data"]
     if kind == b"coo":
         users, items = arrays["row"], arrays["col"]
@@ -142,9 +133,67 @@ def read_matrix(path: Path) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
     return users[keep], items[keep], shape
 
 
+def read_csr(path: Path) -> sparse.csr_matrix:
+    """One sparse matrix as CSR with its values and their dtype, checked like `read_matrix` but for the values.
+
+    Raises:
+        DataError: no CSR matrix, or one whose parts do not fit together.
+    """
+    arrays = open_npz(path)
+    kind, shape = _kind_and_shape(path, arrays)
+    if kind != b"csr":
+        raise DataError(f"{path}: expected a csr matrix, found {kind.decode()}")
+    try:
+        matrix = sparse.csr_matrix((arrays["data"], arrays["indices"], arrays["indptr"]), shape=shape)
+        matrix.check_format(full_check=True)
+    except Exception as error:  # whatever scipy says of parts that do not fit
+        raise DataError(f"{path}: not a valid sparse matrix ({error})") from None
+    return matrix
+
+
+def _kind_and_shape(path: Path, arrays: Mapping[str, np.ndarray]) -> tuple[bytes, tuple[int, int]]:
+    """Format and shape of what `scipy.sparse.save_npz` wrote; its members are there, flat and of sensible types."""
+    label = arrays.get("format", np.asarray(b""))
+    kind = label.item() if label.size == 1 else b""
+    kind = kind.encode() if isinstance(kind, str) else kind
+    needed = _MEMBERS.get(kind) if isinstance(kind, bytes) else None
+    if needed is None or "shape" not in arrays or any(member not in arrays for member in needed):
+        raise DataError(
+            f"{path}: expected a csr, csc or coo matrix written by scipy.sparse.save_npz, found the arrays "
+            f"{sorted(arrays)[:8]}"
+            + (f" of format {kind[:20].decode(errors='replace')!r}" if isinstance(kind, bytes) and kind else "")
+        )
+    declared = arrays["shape"]
+    if declared.shape != (2,) or declared.dtype.kind not in "iu" or (declared < 0).any():
+        raise DataError(f"{path}: expected a users x items matrix, found shape {declared.tolist()}")
+    for member in needed:
+        array = arrays[member]
+        if array.ndim != 1 or (member != "data" and array.dtype.kind not in "iu"):
+            raise DataError(
+                f"{path}: {member!r}: expected a flat array of whole numbers, found {array.dtype} {array.shape}"
+            )
+    shape = (int(declared[0]), int(declared[1]))
+    check_extent(path, shape, len(arrays["data"]))
+    return kind, shape
+
+
+def check_extent(path: Path, shape: tuple[int, ...], stored: int) -> None:
+    """Refuse a size that what is stored cannot fill by far: ids and tables are made as long as that.
+
+    Raises:
+        DataError: more than ten million rows or columns, and more than 100 for every stored entry.
+    """
+    bound = max(10_000_000, 100 * stored)
+    if max(shape) > bound:
+        raise DataError(
+            f"{path}: {max(shape):,} users or items for {stored:,} interactions; expected at most {bound:,}. "
+            "Number them without such gaps"
+        )
+
+
 def _expand(path: Path, indptr: np.ndarray, indices: np.ndarray, rows: int) -> np.ndarray:
-    counts = np.diff(indptr)
-    if len(indptr) != rows + 1 or (len(indptr) and indptr[0] != 0) or (counts < 0).any() or indptr[-1] != len(indices):
+    counts = np.diff(indptr.astype(np.int64))
+    if len(indptr) != rows + 1 or indptr[0] != 0 or (counts < 0).any() or indptr[-1] != len(indices):
         raise DataError(
             f"{path}: broken 'indptr': expected {rows + 1} rising offsets from 0 to {len(indices)}, found {len(indptr)}"
         )

@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from .errors import DataError
-from .files import expect_kind
-from .ids import as_ids, ids_from_text
+from .files import MOST_EXPANSION, SMALL, expect_kind
+from .ids import as_ids, ids_from_text, text_array
 
 __all__ = ["ITEM_NAMES", "TABLE_SUFFIXES", "RawInteractions", "Table", "read_columns", "read_interactions"]
 
@@ -54,9 +54,9 @@ class Table:
                 raise DataError(
                     f"{self.path}: row {values.index('') + 1} has no {name!r}; expected an id, found nothing"
                 )
-            return ids_from_text(values)
+            return ids_from_text(values, self.path)
         self._refuse_missing(name, values)
-        return as_ids(values)
+        return as_ids(values, self.path)
 
     def numbers(self, name: str) -> np.ndarray:
         """A column of numbers (float32; a Parquet column keeps its dtype)."""
@@ -109,7 +109,7 @@ def _is_number(text: str) -> bool:
 def _times_from_text(values: Sequence[str], path: Path, name: str) -> np.ndarray:
     for kind in (np.int64, np.float64):
         try:
-            times = np.asarray(values, dtype=str).astype(kind)
+            times = text_array(values, path).astype(kind)
         except (ValueError, OverflowError):
             continue
         if not np.isfinite(times).all():
@@ -150,7 +150,7 @@ def _read_text(path: Path) -> Table:
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             rows = csv.reader(file, delimiter=delimiter, skipinitialspace=True, strict=True)
-            header = [name.strip() for name in next(rows)]
+            header = [name.strip() for name in next(rows, [])]
             records = [row for row in rows if row]
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: cannot be read as UTF-8 text with {delimiter!r} between fields ({error})") from None
@@ -163,7 +163,8 @@ def _read_text(path: Path) -> Table:
 
 
 def _check_header(path: Path, header: list[str]) -> None:
-    twice = next((name for index, name in enumerate(header) if name in header[:index]), None)
+    seen: set[str] = set()
+    twice = next((name for name in header if name in seen or seen.add(name)), None)
     if twice is not None:
         raise DataError(f"{path}: column {twice!r} is there twice; expected each name once")
 
@@ -177,14 +178,46 @@ def _read_parquet(path: Path) -> Table:
     import pyarrow as pa
 
     try:
-        table = pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: cannot be read as Parquet ({error})") from None
-    _check_header(path, table.column_names)
-    return Table(
-        path,
-        {name: column.to_numpy() for name, column in zip(table.column_names, table.columns, strict=True)},
-    )
+        metadata = pq.ParquetFile(path).metadata
+        most = max(10_000_000, 64 * path.stat().st_size)
+        if metadata.num_rows > most:
+            raise DataError(
+                f"{path}: the footer claims {metadata.num_rows:,} rows; expected at most {most:,} in this size"
+            )
+        text = [field.name for field in pq.read_schema(path) if _is_text(pa, field.type)]
+        # text that repeats is kept once: otherwise a small file can unpack to any size
+        table = pq.read_table(path, read_dictionary=text)
+        _check_header(path, table.column_names)
+        columns = {
+            name: _to_numpy(pa, column, max(SMALL, MOST_EXPANSION * path.stat().st_size))
+            for name, column in zip(table.column_names, table.columns, strict=True)
+        }
+    except DataError:
+        raise
+    except Exception as error:  # whatever Arrow says of a broken file
+        raise DataError(f"{path}: cannot be read as Parquet ({type(error).__name__}: {error})") from error
+    return Table(path, columns)
+
+
+def _is_text(pa, kind) -> bool:
+    types = pa.types
+    return types.is_string(kind) or types.is_binary(kind) or types.is_large_string(kind) or types.is_large_binary(kind)
+
+
+def _to_numpy(pa, column, most: int) -> np.ndarray:
+    """A column as an array; text as objects, one for all its repetitions, of at most `most` characters in all."""
+    if not pa.types.is_dictionary(column.type):
+        return column.to_numpy()
+    whole = column.unify_dictionaries().combine_chunks()
+    if isinstance(whole, pa.ChunkedArray):  # none, or more than one after all
+        return whole.to_numpy()
+    values = np.empty(len(whole.dictionary) + 1, object)
+    values[:-1] = whole.dictionary.to_pylist()  # and None at -1
+    rows = whole.indices.fill_null(-1).to_numpy(zero_copy_only=False)
+    lengths = np.asarray([0 if value is None else len(value) for value in values.tolist()])
+    if (total := int(lengths[rows].sum())) > most:
+        raise ValueError(f"its text unpacks to {total:,} characters; expected at most {most:,} in a file of this size")
+    return values[rows]
 
 
 @dataclass(frozen=True)

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import uuid
-from collections.abc import Callable
+import struct
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
-from zipfile import BadZipFile
 
 import numpy as np
-from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from mmkd.files import write_atomic, write_json
+from mmkd.data.files import open_npy, open_npz
+from mmkd.data.ids import text_array
+from mmkd.files import make_folder, write_atomic, write_folder, write_json
 from mmkd.serving.recommend import Recommender, load
 
 FORMATS = ("safetensors", "parquet", "faiss")
@@ -44,6 +41,11 @@ class Tables:
     item_ids: np.ndarray
     item_names: np.ndarray | None = None
 
+    def __post_init__(self) -> None:
+        for table, ids in ((self.user_emb, self.user_ids), (self.item_emb, self.item_ids)):
+            if table.ndim != 2 or table.shape[1] != self.user_emb.shape[1] or ids.shape != (len(table),):
+                raise ExportError(f"tables: {table.shape} and ids: {ids.shape} do not go together")
+
 
 def export(run_dir: str | Path | Recommender, to: Literal["safetensors", "parquet", "faiss"], path: str | Path) -> Path:
     """Writes the student of a run, ids included, and returns where.
@@ -69,7 +71,7 @@ def export(run_dir: str | Path | Recommender, to: Literal["safetensors", "parque
     if writer is not None:
         _library(to)
     tables = _tables(run_dir if isinstance(run_dir, Recommender) else load(run_dir))
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     if writer is None:
         return write_atomic(path, lambda temporary: _write_safetensors(tables, temporary))
     about = {"mmkd_export": 1, "to": to, "users": len(tables.user_ids), "items": len(tables.item_ids)}
@@ -78,7 +80,7 @@ def export(run_dir: str | Path | Recommender, to: Literal["safetensors", "parque
         writer(tables, folder)
         write_json(folder / MARK, about)
 
-    return _replace_folder(path, write)
+    return write_folder(path, write)
 
 
 def load_export(path: str | Path) -> Tables:
@@ -95,7 +97,7 @@ def load_export(path: str | Path) -> Tables:
         return {"parquet": _read_parquet, "faiss": _read_faiss}[to](path)
     except ImportError:
         raise
-    except (OSError, EOFError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, BadZipFile) as error:
+    except Exception as error:  # whatever the libraries of the formats say of a broken file
         raise ExportError(f"{path}: not a whole export of mmkd: {type(error).__name__}: {error}") from error
 
 
@@ -132,28 +134,6 @@ def _check_target(path: Path, folder: bool) -> None:
         raise ExportError(f"path: {path} holds other files, which an export would replace; name another folder")
 
 
-def _replace_folder(path: Path, write: Callable[[Path], None]) -> Path:
-    temporary, old = (path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}") for _ in range(2))
-    temporary.mkdir()
-    try:
-        write(temporary)
-        for file in temporary.iterdir():
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
-        if path.exists():
-            os.replace(path, old)
-        try:
-            os.replace(temporary, path)
-        except OSError:
-            if old.exists():
-                os.replace(old, path)
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-    return path
-
-
 def _write_safetensors(tables: Tables, path: Path) -> None:
     tensors = {"user_emb": tables.user_emb, "item_emb": tables.item_emb}
     for name in ("user_ids", "item_ids", "item_names"):
@@ -176,7 +156,7 @@ def _read_safetensors(path: Path) -> Tables:
         if name in tensors:
             return tensors[name]
         raw, offsets = tensors[f"{name}.utf8"].tobytes(), tensors[f"{name}.offsets"].tolist()
-        return np.asarray([raw[a:b].decode() for a, b in pairwise(offsets)], dtype=str)
+        return text_array([raw[a:b].decode() for a, b in pairwise(offsets)], name)
 
     names = ids("item_names") if "item_names.offsets" in tensors else None
     return Tables(tensors["user_emb"], tensors["item_emb"], ids("user_ids"), ids("item_ids"), names)
@@ -223,9 +203,19 @@ def _write_faiss(tables: Tables, folder: Path) -> None:
 
 def _read_faiss(folder: Path) -> Tables:
     faiss = _library("faiss")
+    _check_flat_index(folder / "items.faiss")
     index = faiss.read_index(str(folder / "items.faiss"))
-    users = np.load(folder / "users.npy", allow_pickle=False)
-    with np.load(folder / "ids.npz", allow_pickle=False) as file:
-        ids = dict(file)
+    users, ids = open_npy(folder / "users.npy"), open_npz(folder / "ids.npz")
     items = index.reconstruct_n(0, index.ntotal)
     return Tables(users, items, ids["user_ids"], ids["item_ids"], ids.get("item_names"))
+
+
+def _check_flat_index(path: Path) -> None:
+    """faiss trusts what it reads; this makes sure that the file is a flat inner-product index of just its size."""
+    head = struct.Struct("<4siqqqBiQ")  # kind, width, rows, 2 unused, trained, metric, floats
+    with open(path, "rb") as file:
+        kind, width, rows, _, _, _, metric, floats = head.unpack(file.read(head.size))
+    if kind != b"IxFI" or metric != 0 or width < 1 or rows < 0 or floats != width * rows:
+        raise ValueError("items.faiss is no flat inner-product index")
+    if path.stat().st_size != head.size + 4 * floats:
+        raise ValueError(f"items.faiss declares {rows} x {width} floats and has {path.stat().st_size} bytes")

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import scipy.sparse as sp
@@ -17,7 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mmkd import ops
+from mmkd.data.files import open_npz
 from mmkd.data.ids import first_duplicate
+from mmkd.data.npz import read_csr
 from mmkd.evaluation.evaluator import as_exclude
 
 
@@ -162,13 +162,11 @@ def load(run_dir: str | Path) -> Recommender:
         raise RunLoadError(f"{path}: no student.safetensors: {state}")
     try:
         tables = load_file(path / "student.safetensors")
-        with np.load(path / "ids.npz", allow_pickle=False) as file:
-            ids = dict(file)
-        seen = sp.csr_matrix(sp.load_npz(path / "seen.npz"))
+        ids, seen = open_npz(path / "ids.npz"), read_csr(path / "seen.npz")
         return Recommender(
             tables["user_emb"], tables["item_emb"], ids["user_ids"], ids["item_ids"], seen, ids.get("item_names")
         )
     except RunLoadError as error:
         raise RunLoadError(f"{path}: {error}") from None
-    except (SafetensorError, OSError, EOFError, KeyError, ValueError, BadZipFile, zlib.error) as error:
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise RunLoadError(f"{path}: a file of the run is damaged or missing: {error}") from error

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mmkd.files import write_atomic
+from mmkd.files import write_tensors
 
 
 class CheckpointError(ValueError):
@@ -19,10 +18,12 @@ class CheckpointError(ValueError):
 
 
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-    """Writes tensors and JSON state as one file, atomically: a crash leaves the previous checkpoint whole."""
-    ready = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    header = {"state": json.dumps(state, allow_nan=False)}
-    write_atomic(path, lambda temporary: save_file(ready, temporary, metadata=header))
+    """Writes tensors and JSON state as one file, atomically: a crash leaves the previous checkpoint whole.
+
+    Raises:
+        WriteError: the disk is full or may not be written to; the previous checkpoint is kept.
+    """
+    write_tensors(path, tensors, {"state": json.dumps(state, allow_nan=False)})
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -34,10 +35,12 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(str(path), framework="pt") as file:
             state = json.loads((file.metadata() or {})["state"])
+            if not isinstance(state, dict):
+                raise ValueError(f"expected a mapping as its state, got {type(state).__name__}")
             return {name: file.get_tensor(name) for name in file.keys()}, state  # noqa: SIM118
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint {path} does not exist") from None
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise CheckpointError(
             f"checkpoint {path} is damaged or not one of mmkd's: {error}; remove it to start over"
         ) from error
@@ -56,22 +59,46 @@ def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, best: d
 def restore_training(
     tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer, path: Path
 ) -> dict[str, Tensor]:
-    """Puts :func:`training_tensors` back in place; returns the best weights so far.
+    """Puts :func:`training_tensors` back in place; returns the best weights so far, empty where there were none yet.
 
     Raises:
-        CheckpointError: names or shapes differ from the model's.
+        CheckpointError: names, shapes or dtypes differ from the model's; the model is then as it was.
     """
-    for name, parameter in model.named_parameters():
-        saved = tensors.get(f"model.{name}")
-        if saved is None or saved.shape != parameter.shape:
-            got = "nothing" if saved is None else f"shape {tuple(saved.shape)}"
-            raise CheckpointError(f"checkpoint {path}: expected {name} of shape {tuple(parameter.shape)}, got {got}")
+    parameters = dict(model.named_parameters())
+    best = {key.removeprefix("best."): t for key, t in tensors.items() if key.startswith("best.")}
+    saved = {name: _fitting(tensors, f"model.{name}", p, path) for name, p in parameters.items()}
+    if best:
+        best = {name: _fitting(tensors, f"best.{name}", p, path).to(p.device) for name, p in parameters.items()}
+    slots = {name: _slots(tensors, name, p, path) for name, p in parameters.items()}
+    for name, parameter in parameters.items():
         with torch.no_grad():
-            parameter.copy_(saved)
-        prefix = f"optimizer.{name}."
-        slots = {key[len(prefix) :]: t for key, t in tensors.items() if key.startswith(prefix)}
-        if slots:
-            optimizer.state[parameter] = {
-                slot: t.clone() if slot == "step" else t.to(parameter.device).clone() for slot, t in slots.items()
-            }
-    return {key.removeprefix("best."): t for key, t in tensors.items() if key.startswith("best.")}
+            parameter.copy_(saved[name])
+        if slots[name]:
+            optimizer.state[parameter] = slots[name]
+    return best
+
+
+def _fitting(tensors: dict[str, Tensor], key: str, like: Tensor, path: Path) -> Tensor:
+    saved = tensors.get(key)
+    if saved is None or saved.shape != like.shape or saved.dtype != like.dtype:
+        got = "nothing" if saved is None else f"{saved.dtype} {tuple(saved.shape)}"
+        raise CheckpointError(
+            f"checkpoint {path}: expected {key} of {like.dtype} {tuple(like.shape)}, got {got}; it is of another run: "
+            "remove it to start this stage over"
+        )
+    return saved
+
+
+def _slots(tensors: dict[str, Tensor], name: str, parameter: Tensor, path: Path) -> dict[str, Tensor]:
+    """One parameter's optimizer state: `step`, a float scalar on the CPU, and moments shaped like the parameter."""
+    prefix = f"optimizer.{name}."
+    keys = [key for key in tensors if key.startswith(prefix)]
+    scalar = torch.empty(())
+    return {
+        key.removeprefix(prefix): (
+            _fitting(tensors, key, scalar, path).clone()
+            if key == prefix + "step"
+            else _fitting(tensors, key, parameter, path).to(parameter.device).clone()
+        )
+        for key in keys
+    }

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import os
 import platform
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +17,13 @@ import scipy.sparse as sp
 import torch
 import yaml
 
-from mmkd.config import Config
+from mmkd.config import Config, read_yaml
 from mmkd.data import Dataset
-from mmkd.files import write_atomic, write_json, write_text
+from mmkd.files import append_line, make_folder, sweep, write_atomic, write_json, write_text
+from mmkd.training.loggers import Logger, Loggers
 
 # Settings that may differ between a run and its resumption without changing a single number.
-FREE_SETTINGS = ("progress", "threads", "device")
+FREE_SETTINGS = ("progress", "threads", "device", "log")
 
 
 class RunError(ValueError):
@@ -35,6 +40,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.loggers = Loggers()
 
     @classmethod
     def start(cls, path: str | Path | None, config: Config, dataset: Dataset, resume: bool) -> RunFolder:
@@ -42,6 +48,7 @@ class RunFolder:
 
         Raises:
             RunError: the folder already holds a run (and `resume` is off), or a resumed run differs.
+            WriteError: the folder cannot be made or written to.
         """
         if path is None:
             path = Path("runs") / f"{dataset.name}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -55,14 +62,47 @@ class RunFolder:
         if held:
             folder._check_same(config, fingerprint)
             return folder
-        (folder.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        make_folder(folder.path / "checkpoints")
         write_json(folder.path / "run.json", {**versions(), "seed": config.seed, "data": _about(dataset, fingerprint)})
         # last: its presence says that the folder was set up
         write_text(folder.path / "config.yaml", config.to_yaml())
         return folder
 
+    @contextlib.contextmanager
+    def held(self, loggers: Iterable[Logger] = ()) -> Iterator[None]:
+        """What trains in this folder does it in here: nobody else may meanwhile, what a killed run left half-written is
+        removed first, and the loggers hear of the start, every epoch and the end.
+
+        Raises:
+            RunError: another process is training in it.
+        """
+        with self._locked():
+            for folder in (self.path, *(inside for inside in self.path.iterdir() if inside.is_dir())):
+                sweep(folder)
+            self.loggers = Loggers(loggers)
+            self.loggers.start(self.path, str(self.info().get("started")), read_yaml(self.path / "config.yaml"))
+            results = None
+            try:
+                yield
+                results = self.info().get("results")
+            finally:
+                self.loggers.finish(results)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                message = f"run folder {self.path}: another process is training in it; wait, or use another --out"
+                raise RunError(message) from None
+            yield
+        finally:
+            os.close(handle)
+
     def _check_same(self, config: Config, fingerprint: str) -> None:
-        saved = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+        saved = read_yaml(self.path / "config.yaml")
         now = yaml.safe_load(config.to_yaml())
         changed = sorted(_differences(saved, now))
         if changed:
@@ -77,8 +117,19 @@ class RunFolder:
             )
 
     def info(self) -> dict[str, Any]:
-        """The content of `run.json`."""
-        return json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+        """The content of `run.json`.
+
+        Raises:
+            RunError: it is missing or damaged.
+        """
+        path = self.path / "run.json"
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise RunError(f"{path} is missing or damaged: {error}") from error
+        if not isinstance(content, dict) or not isinstance(content.get("data"), dict):
+            raise RunError(f"{path} is damaged: expected an object with the entry 'data'")
+        return content
 
     def update_info(self, **values: Any) -> None:
         """Adds to `run.json`."""
@@ -88,22 +139,30 @@ class RunFolder:
         """Where the checkpoint of a stage is."""
         return self.path / "checkpoints" / f"{stage}.safetensors"
 
-    def log(self, **line: Any) -> None:
-        """Appends one JSON line to `metrics.jsonl`."""
-        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+    def log(self, stage: str, epoch: int, **values: float) -> None:
+        """Appends one JSON line to `metrics.jsonl`, and tells the loggers."""
+        append_line(self.path / "metrics.jsonl", json.dumps({"stage": stage, "epoch": epoch, **values}))
+        self.loggers.metrics(stage, epoch, values)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All lines of `metrics.jsonl`; a last line cut short by a crash is left out, a resumed epoch's newest line holds."""
+        """All lines of `metrics.jsonl`; a line cut short by a crash is left out, a repeated epoch's newest line holds."""
         path = self.path / "metrics.jsonl"
         lines: dict[tuple[str, int], dict[str, Any]] = {}
-        for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        for text in path.read_bytes().splitlines() if path.exists() else []:
             try:
                 line = json.loads(text)
-            except json.JSONDecodeError:
+                lines[str(line["stage"]), int(line["epoch"])] = line
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
                 continue
-            lines[line["stage"], line["epoch"]] = line
         return list(lines.values())
+
+    def forget(self, stage: str, after: int) -> None:
+        """Removes a stage's lines of later epochs from `metrics.jsonl`: a resumed run goes through them again."""
+        path = self.path / "metrics.jsonl"
+        lines = self.metrics()
+        kept = [line for line in lines if line["stage"] != stage or line["epoch"] <= after]
+        if len(kept) != len(lines):
+            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write_ids(self, dataset: Dataset) -> None:
         """`ids.npz` (original ids, item names) and `seen.npz` (train and validation interactions)."""

@@ -15,8 +15,21 @@ from mmkd.config import Config, StageConfig
 from mmkd.data import Dataset
 from mmkd.data.sampling import Sampler
 from mmkd.evaluation import evaluate
-from mmkd.training.checkpoint import load_checkpoint, restore_training, save_checkpoint, training_tensors
+from mmkd.training.checkpoint import (
+    CheckpointError,
+    load_checkpoint,
+    restore_training,
+    save_checkpoint,
+    training_tensors,
+)
+from mmkd.training.finite import first_bad, origin
 from mmkd.training.run_folder import RunFolder
+from mmkd.training.stop import RunStopped, Stop
+
+# The counters of a checkpoint; `step`: steps of epoch `epoch + 1` that are done.
+_START = {
+    "epoch": 0, "step": 0, "best_epoch": 0, "best_metric": None, "bad": 0, "seconds": 0.0, "finished": False,
+}  # fmt: skip
 
 
 class TrainingError(RuntimeError):
@@ -118,11 +131,16 @@ class Stage:
     """Trains a task until validation stops improving, or to the last epoch; the best weights are put back at the end."""
 
     def __init__(
-        self, task: Task, settings: StageConfig, config: Config, dataset: Dataset, folder: RunFolder, steps: int
-    ):
+        self, task: Task, settings: StageConfig, config: Config, dataset: Dataset, folder: RunFolder, steps: int,
+        stop: Stop | None = None,
+    ) -> None:  # fmt: skip
         self.task, self.settings, self.config = task, settings, config
         self.dataset, self.folder, self.steps = dataset, folder, steps
+        self.stop = stop or Stop()
+        self.path = folder.checkpoint(task.name)
         self.validate = dataset.val is not None and dataset.val.nnz > 0
+        # Reading a loss from a GPU waits for it, so there it is done for 16 steps at a time.
+        self.look_every = 1 if next(task.model.parameters()).device.type == "cpu" else 16
         if not self.validate and config.evaluation.select == "best":
             raise TrainingError(
                 f"data set {dataset.name!r} has no validation part to choose weights by; load it with a split that makes "
@@ -130,17 +148,20 @@ class Stage:
             )
 
     def run(self) -> StageResult:
+        """Trains, or goes on from the stage's checkpoint.
+
+        Raises:
+            TrainingError: a loss or a weight is not finite. CheckpointError: the checkpoint is damaged or not this run's.
+            WriteError: a checkpoint cannot be written. RunStopped: it was asked to stop, and a checkpoint was saved.
+        """
         optimizer = self.task.optimizer()
-        state = {"epoch": 0, "best_epoch": 0, "best_metric": None, "bad": 0, "seconds": 0.0, "finished": False}
-        best: dict[str, Tensor] = {}
-        path = self.folder.checkpoint(self.task.name)
-        if path.exists():
-            tensors, state = load_checkpoint(path)
-            best = restore_training(tensors, self.task.model, optimizer, path)
-        if not state["finished"]:
-            best = self._epochs(optimizer, state, best)
-            save_checkpoint(path, training_tensors(self.task.model, optimizer, best), state)
-        self._load(best)
+        with self.stop.held():
+            state, best, sums = self._restore(optimizer)
+            self.folder.forget(self.task.name, after=state["epoch"])
+            if not state["finished"]:
+                best = self._epochs(optimizer, state, best, sums)
+                self._save(optimizer, state, best)
+            self._load(best)
         return StageResult(
             state["best_epoch"],
             state["best_metric"],
@@ -149,17 +170,54 @@ class Stage:
             state["bad"] >= self.settings.patience,
         )
 
-    def _epochs(self, optimizer, state: dict, best: dict[str, Tensor]) -> dict[str, Tensor]:
-        settings, path = self.settings, self.folder.checkpoint(self.task.name)
-        if self.validate and state["epoch"] == 0:
+    def _restore(self, optimizer) -> tuple[dict, dict[str, Tensor], dict[str, Tensor]]:
+        """Counters, best weights so far and the sums of an epoch under way."""
+        if not self.path.exists():
+            return dict(_START), {}, {}
+        tensors, state = load_checkpoint(self.path)
+        state = {**_START, **state}
+        wrong = [key for key, start in _START.items() if not _like(state[key], start)]
+        if wrong or state["step"] > self.steps:
+            raise CheckpointError(
+                f"checkpoint {self.path}: its counters make no sense ({state}); remove it to start over"
+            )
+        best = restore_training(tensors, self.task.model, optimizer, self.path)
+        if state["finished"] and not best:
+            raise CheckpointError(
+                f"checkpoint {self.path}: finished, but without best weights; remove it to start over"
+            )
+        return state, best, {key.removeprefix("sums."): t for key, t in tensors.items() if key.startswith("sums.")}
+
+    def _check_weights(self, state: dict) -> None:
+        name = first_bad(self.task.model.named_parameters())
+        if name is not None:
+            raise TrainingError(
+                f"stage {self.task.name}, epoch {state['epoch'] + (state['step'] > 0)}: the weights {name} hold NaN or Inf "
+                f"though the loss did not, so a gradient overflowed; {self._way_out()}"
+            )
+
+    def _save(self, optimizer, state: dict, best: dict[str, Tensor], sums: dict[str, Tensor] | None = None) -> None:
+        self._check_weights(state)
+        tensors = training_tensors(self.task.model, optimizer, best)
+        save_checkpoint(self.path, tensors | {f"sums.{key}": value for key, value in (sums or {}).items()}, state)
+
+    def _epochs(self, optimizer, state: dict, best: dict[str, Tensor], sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        settings = self.settings
+        if self.validate and state["epoch"] == 0 and state["step"] == 0:
             self._validate(state, best)  # where the stage starts from (a student: its teacher) is a candidate too
-        total, done = settings.epochs * self.steps, state["epoch"] * self.steps
+        total, done = settings.epochs * self.steps, state["epoch"] * self.steps + state["step"]
         with tqdm(total=total, initial=done, desc=self.task.name, unit="step", disable=not self.config.progress,
                   mininterval=0.5, dynamic_ncols=True) as bar:  # fmt: skip
             while state["epoch"] < settings.epochs and state["bad"] < settings.patience:
                 start = time.perf_counter()
-                losses = self._epoch(optimizer, state["epoch"], bar)
-                state["epoch"] += 1
+                try:
+                    losses = self._epoch(optimizer, state, sums, bar)
+                except RunStopped:
+                    state["seconds"] += time.perf_counter() - start
+                    self._save(optimizer, state, best, sums)
+                    raise
+                sums = {}
+                state.update(epoch=state["epoch"] + 1, step=0)
                 line = {"stage": self.task.name, "epoch": state["epoch"], **losses}
                 last = state["epoch"] == settings.epochs
                 if self.validate and (state["epoch"] % settings.eval_every == 0 or last):
@@ -169,38 +227,56 @@ class Stage:
                 metric = "" if state["best_metric"] is None else f"{state['best_metric']:.4f}"
                 bar.set_postfix_str(f"loss {losses['loss']:.4f}, best {self.config.evaluation.metric} {metric}")
                 if state["epoch"] % self.config.checkpoint_every == 0:
-                    save_checkpoint(path, training_tensors(self.task.model, optimizer, best), state)
+                    self._save(optimizer, state, best)
         if not self.validate or self.config.evaluation.select == "last" or not best:
             best = self._weights()
             state["best_epoch"] = state["epoch"]
         state["finished"] = True
         return best
 
-    def _epoch(self, optimizer, epoch: int, bar) -> dict[str, float]:
-        sums: dict[str, Tensor] = {}
-        for step in range(self.steps):
+    def _epoch(self, optimizer, state: dict, sums: dict[str, Tensor], bar) -> dict[str, float]:
+        epoch, unseen = state["epoch"], []
+        for step in range(state["step"], self.steps):
             optimizer.zero_grad(set_to_none=True)
             terms = self.task.step(epoch, step)
-            if step % 16 == 0 or step == self.steps - 1:
-                self._check_finite(terms, epoch, step)
+            unseen.append((step, terms))
+            last = step == self.steps - 1 or self.stop.requested
+            if len(unseen) == self.look_every or last:
+                self._check_finite(epoch, unseen, optimizer)
+                unseen = []
             optimizer.step()
             for name, value in terms.items():
                 sums[name] = sums[name] + value if name in sums else value.clone()
+            state["step"] = step + 1
             bar.update()
+            if last and self.stop.requested:
+                raise RunStopped(
+                    f"stopped in stage {self.task.name}, epoch {epoch + 1}, after step {step + 1} of {self.steps}; saved. "
+                    f"Go on with: mmkd train --resume --out {self.folder.path}"
+                )
         means = {name: float(value) / self.steps for name, value in sums.items()}
         return {"loss": sum(means.values()), **means}
 
-    def _check_finite(self, terms: dict[str, Tensor], epoch: int, step: int) -> None:
-        for name, value in terms.items():
-            number = float(value)
-            if not math.isfinite(number):
-                raise TrainingError(
-                    f"stage {self.task.name}, epoch {epoch + 1}, step {step + 1}: the term '{name}' is {number}; the last "
-                    f"good checkpoint is kept in {self.folder.path / 'checkpoints'}. Lower the learning rate "
-                    f"({self.task.name}.lr={self.settings.lr:g}) or check the features"
-                )
+    def _check_finite(self, epoch: int, steps: list[tuple[int, dict[str, Tensor]]], optimizer) -> None:
+        for step, terms in steps:
+            for name, value in terms.items():
+                number = float(value)
+                if not math.isfinite(number):
+                    optimizer.zero_grad(set_to_none=True)
+                    where = origin(self.task.model, lambda step=step: self.task.step(epoch, step))
+                    raise TrainingError(
+                        f"stage {self.task.name}, epoch {epoch + 1}, step {step + 1}: the term '{name}' is {number}, "
+                        f"{where}; {self._way_out()}"
+                    )
+
+    def _way_out(self) -> str:
+        return (
+            f"the last good checkpoint is kept in {self.path.parent}. Lower the learning rate "
+            f"({self.task.name}.lr={self.settings.lr:g}) or check the features"
+        )
 
     def _validate(self, state: dict, best: dict[str, Tensor]) -> dict[str, float]:
+        self._check_weights(state)
         metric = self.config.evaluation.metric
         cutoffs = sorted({20, int(metric.partition("@")[2])})
         values = evaluate(*self.task.tables(), self.dataset, "val", cutoffs)
@@ -219,6 +295,16 @@ class Stage:
         with torch.no_grad():
             for name, parameter in self.task.model.named_parameters():
                 parameter.copy_(weights[name])
+
+
+def _like(value: object, start: object) -> bool:
+    """Whether a counter read from a file is of its kind: a flag, a number not below 0, or (where it starts empty) either."""
+    if isinstance(start, bool):
+        return isinstance(value, bool)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+    if start is None:
+        return value is None or number
+    return number and (isinstance(start, float) or isinstance(value, int))
 
 
 def batches(dataset: Dataset, settings: StageConfig, negatives: int, seed: int) -> Sampler:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,10 @@ from mmkd.models.lightgcn import LightGCN, initial_table
 from mmkd.models.prompt import Prompt, prompt_basis
 from mmkd.models.teacher import Teacher
 from mmkd.training.collapse import FrozenTeacher
+from mmkd.training.loggers import Logger, make_loggers
 from mmkd.training.run_folder import RunFolder
 from mmkd.training.stage import Stage, StageResult, seeded
+from mmkd.training.stop import Stop
 from mmkd.training.summary import Row, write_summary
 from mmkd.training.tasks import LightGCNTask, StudentTask, TeacherTask
 
@@ -55,6 +57,8 @@ def train(
     resume: bool = False,
     dataset: Dataset | None = None,
     overrides: list[str] | tuple[str, ...] = (),
+    loggers: Iterable[Logger] = (),
+    stop: Stop | None = None,
 ) -> RunResult:
     """Trains the teacher, distils it into a LightGCN student, and compares with the baselines of the configuration.
 
@@ -64,12 +68,15 @@ def train(
         resume: go on with an interrupted run; on a CPU the final weights equal those of an uninterrupted one bit for bit.
         dataset: a data set that is already loaded; otherwise `config.data` says what to load.
         overrides: `["teacher.lr=1e-3", ...]`, applied last.
+        loggers: further receivers of the metrics, beside those that the setting `log` names.
+        stop: `stop.request()`, from another thread or a signal handler, ends the run after the step at hand.
 
     Returns:
         RunResult. Weights are chosen on validation; the test part, where there is one, is read once, at the end.
 
     Raises:
-        ConfigError, DataError, RunError, TrainingError, CheckpointError: with the setting, file or term concerned.
+        ConfigError, DataError, RunError, TrainingError, CheckpointError, WriteError: with the setting, file or term
+            concerned. RunStopped: `stop` was requested; the checkpoint is saved.
     """
     settings = load_config(config, overrides)
     if settings.threads:
@@ -81,7 +88,10 @@ def train(
         raise ConfigError(
             f"data set {dataset.name!r} has no item features, so there is no teacher to learn from; add <modality>_feat.npy"
         )
-    return _Run(settings, dataset, RunFolder.start(out, settings, dataset, resume)).run()
+    listening = [*make_loggers(settings.log), *loggers]
+    folder = RunFolder.start(out, settings, dataset, resume)
+    with folder.held(listening):
+        return _Run(settings, dataset, folder, stop or Stop()).run()
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -93,8 +103,8 @@ def pick_device(wanted: str) -> torch.device:
 
 
 class _Run:
-    def __init__(self, config: Config, dataset: Dataset, folder: RunFolder) -> None:
-        self.config, self.dataset, self.folder = config, dataset, folder
+    def __init__(self, config: Config, dataset: Dataset, folder: RunFolder, stop: Stop) -> None:
+        self.config, self.dataset, self.folder, self.stop = config, dataset, folder, stop
         self.device = pick_device(config.device)
         self.compute = torch.bfloat16 if config.amp == "bf16" else None
         self.graph: BipartiteGraph = dataset.graph().to(self.device)
@@ -135,7 +145,9 @@ class _Run:
         return model, self._stage(task, s)
 
     def _stage(self, task, settings: StageConfig) -> StageResult:
-        result = Stage(task, settings, self.config, self.dataset, self.folder, self.steps(settings)).run()
+        result = Stage(
+            task, settings, self.config, self.dataset, self.folder, self.steps(settings), self.stop
+        ).run()  # fmt: skip
         best = (
             ""
             if result.best_metric is None
