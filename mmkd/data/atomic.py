@@ -21,7 +21,7 @@ from .features import check_features, read_keyed, resolve_features
 from .files import expect_kind
 from .ids import first_duplicate
 from .raw import ONE_FILE, RawData
-from .table import ITEM_NAMES, TIME_NAMES, USER_NAMES, RawInteractions, Table
+from .table import ITEM_NAMES, TIME_NAMES, USER_NAMES, RawInteractions, Table, is_number
 
 __all__ = ["find_inter", "read_atomic", "read_recbole", "tab_separated"]
 
@@ -143,8 +143,16 @@ def _interactions(path: Path, notes: list[str]) -> RawInteractions:
     rest = [name for name in atomic.types if name not in chosen.values()]
     if rest:
         notes.append(f"fields of {path.name} left out: {', '.join(rest)}; every row is an interaction")
-    times = None if chosen["timestamp"] is None else table.times(chosen["timestamp"])
+    times = None if chosen["timestamp"] is None else _times(atomic, chosen["timestamp"])
     return RawInteractions(table.ids(chosen["user"]), table.ids(chosen["item"]), times)
+
+
+def _times(atomic: Atomic, name: str) -> np.ndarray:
+    if atomic.types[name] == "float":
+        for row, value in enumerate(atomic.table.columns[name], 1):
+            if not is_number(value):
+                raise DataError(f"{atomic.table.path}: row {row}, column {name!r}: expected a number, found {value!r}")
+    return atomic.table.times(name)
 
 
 def _items(

@@ -76,7 +76,7 @@ class Table:
         try:
             return np.asarray(values, dtype=np.float32)
         except ValueError:
-            row, value = next((row, value) for row, value in enumerate(values, 1) if not _is_number(value))
+            row, value = next((row, value) for row, value in enumerate(values, 1) if not is_number(value))
             raise DataError(f"{self.path}: row {row}, column {name!r}: expected a number, found {value!r}") from None
 
     def times(self, name: str) -> np.ndarray:
@@ -106,7 +106,8 @@ class Table:
             raise DataError(f"{self.path}: row {row} has no {name!r}; expected a value, found nothing")
 
 
-def _is_number(text: str) -> bool:
+def is_number(text: str) -> bool:
+    """Whether `float` reads it."""
     try:
         float(text)
     except ValueError:
