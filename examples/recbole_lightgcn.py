@@ -1,6 +1,6 @@
 """RecBole 1.2's own LightGCN with mmkd's propagation and BPR, trained by RecBole's own trainer on its own data.
 
-Needs: pip install "recbole>=1.2,<1.3". RecBole 1.2.1 was written for older scipy; `_for_todays_scipy` below says what broke.
+Needs: pip install "recbole>=1.2,<1.3". RecBole 1.2.1 was written for older libraries; `_for_todays_libraries` below says what broke.
 
 python examples/recbole_lightgcn.py        ml-100k: the loss curve of both, seconds an epoch of both
 """
@@ -11,6 +11,7 @@ import logging
 import statistics
 import time
 
+import numpy as np
 import scipy.sparse as sp
 import torch
 from common import report
@@ -23,9 +24,12 @@ from recbole.utils import init_seed
 from mmkd import BipartiteGraph, ops
 
 
-def _for_todays_scipy() -> None:
-    """RecBole fills a DOK matrix through `_update`, which scipy 1.13 took away; this gives it back."""
-    if not hasattr(sp.dok_matrix, "_update"):
+def _for_todays_libraries() -> None:
+    """Names that RecBole 1.2.1 uses and that numpy 2.0 and scipy 1.13 took away; this gives them back."""
+    for old, new in (("float_", np.float64), ("complex_", np.complex128), ("object_", object), ("unicode_", np.str_)):
+        if not hasattr(np, old):
+            setattr(np, old, new)
+    if not hasattr(sp.dok_matrix, "_update"):  # how its LightGCN fills the adjacency matrix
         sp.dok_matrix._update = lambda self, entries: self._dict.update(entries)
 
 
@@ -73,7 +77,7 @@ class Training:
 
 def main(epochs: int = 5, **settings) -> dict[str, float]:
     """Largest relative difference of the epochs' losses, and median seconds an epoch of both, epochs alternating."""
-    _for_todays_scipy()
+    _for_todays_libraries()
     settings = {"device": "cpu", "use_gpu": False, "show_progress": False, "seed": 2020, "state": "ERROR", **settings}
     theirs, ours = Training(LightGCN, settings), Training(FusedLightGCN, settings)
     curve = [(theirs.epoch(number), ours.epoch(number)) for number in range(epochs)]
