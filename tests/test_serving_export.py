@@ -14,7 +14,7 @@ from tests.test_serving import IDS, ITEMS, USERS, WIDTH, write_run
 
 @pytest.fixture(params=FORMATS)
 def to(request) -> str:
-    pytest.importorskip({"parquet": "pyarrow", "faiss": "faiss"}.get(request.param, "safetensors"))
+    pytest.importorskip({"parquet": "pyarrow", "faiss": "faiss", "onnx": "onnx"}.get(request.param, "safetensors"))
     return request.param
 
 
@@ -72,6 +72,28 @@ def test_a_faiss_index_finds_what_the_run_recommends(tmp_path):
     np.testing.assert_array_equal(scores, [[r.score for r in row] for row in recommended])
 
 
+@pytest.mark.parametrize("kind", ["text", "int"])
+def test_an_onnx_runtime_ranks_as_the_run_does(tmp_path, kind):
+    pytest.importorskip("onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    _, _, seen = write_run(tmp_path / "run", kind)
+    export(tmp_path / "run", "onnx", tmp_path / "out")
+    session = runtime.InferenceSession(str(tmp_path / "out" / "model.onnx"), providers=["CPUExecutionProvider"])
+    rows = np.array([3, 0, 29, 3])
+    exclude = np.full((4, ITEMS), -1)
+    for at, row in enumerate(rows):
+        exclude[at, : seen[row].sum()] = np.flatnonzero(seen[row])
+    for wanted, skip in ((True, exclude), (False, np.empty((4, 0), np.int64))):
+        scores, items, names, users = session.run(None, {"users": rows, "exclude": skip, "k": np.array([7])})
+        assert users.tolist() == IDS[kind][0][rows].tolist()
+        recommended = load(tmp_path / "run").recommend(IDS[kind][0][rows], 7, exclude_seen=wanted)
+        for at, row in enumerate(recommended):
+            there = np.isfinite(scores[at])
+            assert [(r.item, r.score, r.name) for r in row] == list(
+                zip(items[at][there].tolist(), scores[at][there].tolist(), names[at][there].tolist(), strict=True)
+            )
+
+
 def test_parquet_reads_with_pandas(tmp_path):
     pytest.importorskip("pyarrow")
     pandas = pytest.importorskip("pandas")
@@ -85,7 +107,7 @@ def test_parquet_reads_with_pandas(tmp_path):
 
 def test_refusals(tmp_path, to):
     write_run(tmp_path / "run")
-    with pytest.raises(ExportError, match="to: expected one of safetensors, parquet, faiss, got 'csv'"):
+    with pytest.raises(ExportError, match="to: expected one of safetensors, parquet, faiss, onnx, got 'csv'"):
         export(tmp_path / "run", "csv", tmp_path / "out")
     with pytest.raises(RunLoadError, match=r"no student\.safetensors"):
         export(tmp_path / "nothing", to, tmp_path / "out")
@@ -115,7 +137,10 @@ def test_damaged_exports_are_refused(tmp_path, to):
     load_export(target)
 
 
-@pytest.mark.parametrize(("to", "module", "fix"), [("faiss", "faiss", "faiss-cpu"), ("parquet", "pyarrow", "pyarrow")])
+@pytest.mark.parametrize(
+    ("to", "module", "fix"),
+    [("faiss", "faiss", "faiss-cpu"), ("parquet", "pyarrow", "pyarrow"), ("onnx", "onnx", "onnx")],
+)
 def test_a_missing_library_says_what_to_install(tmp_path, monkeypatch, to, module, fix):
     write_run(tmp_path / "run")
     for name in [n for n in sys.modules if n.split(".")[0] == module]:

@@ -8,6 +8,7 @@ import warnings
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -36,10 +37,11 @@ class Friendly:
         from mmkd.serving import RunLoadError
         from mmkd.training import CheckpointError, RunError, TrainingError
 
-        if isinstance(
+        missing = isinstance(error, ImportError) and "pip install" in str(error)  # an extra that is not there
+        if missing or isinstance(
             error,
             (ConfigError, DataError, RunLoadError, CheckpointError, RunError, TrainingError, WriteError, ValueError),
         ):
-            console.print(f"[red]error:[/] {error}", highlight=False)
+            console.print(f"[red]error:[/] {escape(str(error))}", highlight=False)
             raise typer.Exit(1)
         return False

@@ -11,6 +11,7 @@ import numpy as np
 
 from . import splits
 from .assemble import assemble
+from .atomic import find_inter, read_recbole
 from .dataset import Dataset
 from .demo import load_demo
 from .errors import DataError
@@ -18,16 +19,17 @@ from .features import align_features, read_keyed, resolve_features
 from .files import refuse_pickle
 from .ids import distinct, locate, unify
 from .json_lists import find_json_folder, load_json
+from .mmrec import is_mmrec, read_mmrec
 from .npz import PART_NAMES, find_parts, load_npz
 from .pairs import Pairs, k_core, merge_pairs
+from .raw import ONE_FILE, RawData
 from .synthesis import synthetic
 from .table import TABLE_SUFFIXES, RawInteractions, read_interactions
 
-__all__ = ["FORMATS", "SPLITS", "load"]
+__all__ = ["FORMATS", "SPLITS", "build", "load", "make_plan"]
 
-FORMATS = ("auto", "npz", "json", "table")
+FORMATS = ("auto", "npz", "json", "table", "mmrec", "recbole")
 SPLITS = ("given", "random", "leave-last-out", "time")
-_ONE_FILE = "interactions"
 
 
 def load(
@@ -51,7 +53,7 @@ def load(
     Args:
         path: a folder, a CSV/TSV/Parquet file, several files (interactions first or by name, ``NAME_feat.*``
             are features), ``"demo"`` (the demo data set) or ``"synthetic"`` (the generator).
-        format: "auto", "npz", "json" or "table" ("csv" and "parquet" mean "table").
+        format: "auto", "npz", "json", "table" ("csv" and "parquet" mean "table"), "mmrec" or "recbole".
         split: "given" (default where validation or test files are there), "time" (default where there are
             timestamps), "random" (by user; default otherwise) or "leave-last-out".
         seed: of the random split and the generator.
@@ -88,6 +90,11 @@ def load(
     kind = _detect(paths[0], format)
     if kind == "table":
         return _load_table(paths, plan, features, columns, ignore, name)
+    if kind in ("mmrec", "recbole"):
+        if len(paths) > 1:
+            raise ValueError(f"{paths[1]}: the {kind} format is one folder; got {len(paths)} paths")
+        _refuse_given(f"the {kind} format", columns=columns, ignore=ignore)
+        return build((read_mmrec if kind == "mmrec" else read_recbole)(paths[0], features), plan, name)
     if len(paths) > 1:
         raise ValueError(f"{paths[1]}: the {kind} format is one folder; got {len(paths)} paths")
     _refuse_given(f"the {kind} format", columns=columns, ignore=ignore, min_count=min_count > 1, core=core > 1)
@@ -112,6 +119,18 @@ class _Plan:
         splits.check_fractions(self.val, self.test)
         if self.min_count < 1 or self.core < 0:
             raise ValueError(f"expected min_count >= 1 and core >= 0, got {self.min_count} and {self.core}")
+
+
+def make_plan(
+    split: str | None = None,
+    seed: int = 0,
+    val_fraction: float = 0.1,
+    test_fraction: float = 0.1,
+    min_count: int = 1,
+    core: int = 0,
+) -> _Plan:
+    """How to split and filter, from the arguments of `load`."""
+    return _Plan(split, seed, val_fraction, test_fraction, min_count, core)
 
 
 def _refuse_given(what: str, **arguments: Any) -> None:
@@ -160,6 +179,7 @@ def _detect(path: Path, format: str) -> str:
         return wanted
     if path.is_file():
         kinds = {".npz": "npz", ".json": "json"} | dict.fromkeys(TABLE_SUFFIXES, "table")
+        kinds[".inter"] = "mmrec" if path.suffix.lower() == ".inter" and is_mmrec(path) else "recbole"
         kind = kinds.get(path.suffix.lower())
         if kind is None:
             raise DataError(f"{path}: expected a file ending in {', '.join(kinds)}, found {path.suffix!r}")
@@ -170,6 +190,7 @@ def _detect(path: Path, format: str) -> str:
             ("npz", bool(find_parts(path, (".npz",)))),
             ("json", find_json_folder(path) is not None),
             ("table", bool(_table_files(path))),
+            *_inter_kinds(path),
         )
         if there
     ]
@@ -180,19 +201,27 @@ def _detect(path: Path, format: str) -> str:
     for inside in sorted(entry for entry in path.iterdir() if entry.is_file()):
         refuse_pickle(inside)
     raise DataError(
-        f"{path}: expected train.npz, train.json, train.csv or interactions.csv (or .tsv, .parquet), found "
+        f"{path}: expected train.npz, train.json, train.csv, interactions.csv (or .tsv, .parquet) or NAME.inter, found "
         + (", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "an empty folder")
     )
 
 
+def _inter_kinds(folder: Path) -> list[tuple[str, bool]]:
+    files = find_inter(folder)
+    if not files:
+        return []
+    mmrec = is_mmrec(next(iter(files.values())))
+    return [("mmrec", mmrec), ("recbole", not mmrec)]
+
+
 def _table_files(folder: Path) -> dict[str, Path]:
     parts = find_parts(folder, TABLE_SUFFIXES)
-    single = [folder / (_ONE_FILE + suffix) for suffix in TABLE_SUFFIXES]
+    single = [folder / (ONE_FILE + suffix) for suffix in TABLE_SUFFIXES]
     single = [path for path in single if path.is_file()]
     if len(single) + bool(parts) > 1:
         names = [path.name for path in (*single, *parts.values())]
-        raise DataError(f"{folder}: expected one {_ONE_FILE} file or train/val/test files, found {', '.join(names)}")
-    return {_ONE_FILE: single[0]} if single else parts
+        raise DataError(f"{folder}: expected one {ONE_FILE} file or train/val/test files, found {', '.join(names)}")
+    return {ONE_FILE: single[0]} if single else parts
 
 
 def _sort_files(paths: Sequence[Path]) -> tuple[dict[str, Path], list[Path]]:
@@ -202,7 +231,7 @@ def _sort_files(paths: Sequence[Path]) -> tuple[dict[str, Path], list[Path]]:
     feature_files = [path for path in paths[1:] if path.stem.endswith(("_feat", "_features"))]
     tables = [path for path in paths if path not in feature_files]
     if len(tables) == 1:
-        return {_ONE_FILE: tables[0]}, feature_files
+        return {ONE_FILE: tables[0]}, feature_files
     parts = {part: path for path in tables for part, names in PART_NAMES.items() if path.stem in names}
     if len(parts) != len(tables) or "train" not in parts:
         raise DataError(
@@ -222,15 +251,23 @@ def _load_table(
     name: str | None,
 ) -> Dataset:
     files, feature_files = _sort_files(paths)
-    if "train" not in files and _ONE_FILE not in files:
+    if "train" not in files and ONE_FILE not in files:
         found = ", ".join(path.name for path in files.values()) or "none"
-        raise DataError(f"{paths[0]}: expected a train file or {_ONE_FILE}.csv, found {found}")
+        raise DataError(f"{paths[0]}: expected a train file or {ONE_FILE}.csv, found {found}")
     if feature_files and features is not None:
         raise ValueError("feature files are named both in path and in features; name them once")
     raw = {part: read_interactions(path, columns, ignore) for part, path in files.items()}
     feature_paths = resolve_features(feature_files or features, _folder(paths[0]))
     item_column = (columns or {}).get("item")
     keyed = {modality: read_keyed(path, item_column) for modality, path in feature_paths.items()}
+    label = name or (paths[0].resolve().name if paths[0].is_dir() else paths[0].stem)
+    described = " and ".join(path.name for path in files.values())
+    return build(RawData(label, str(paths[0]), described, raw, keyed, feature_paths), plan)
+
+
+def build(data: RawData, plan: _Plan, name: str | None = None) -> Dataset:
+    """Rows with original ids to a `Dataset`: internal ids, filters, split, features in the order of the items."""
+    raw, keyed, source = data.parts, data.features, data.source
     users, items = (unify(*(getattr(one, what) for one in raw.values())) for what in ("users", "items"))
     user_ids = distinct(np.concatenate(users))
     item_ids = _universe(np.concatenate(items), keyed, plan.core)
@@ -238,21 +275,28 @@ def _load_table(
         part: RawInteractions(locate(user_ids, users[index]), locate(item_ids, items[index]), one.times)
         for index, (part, one) in enumerate(raw.items())
     }
-    source = str(paths[0])
-    if _ONE_FILE in rows or plan.split not in (None, "given"):
+    if ONE_FILE in rows or plan.split not in (None, "given"):
         pairs, filtered = _merge_and_filter(rows, plan, source)
         user_ids = user_ids[np.unique(pairs.users)]
         item_ids = item_ids[np.unique(pairs.items)] if plan.core > 1 else item_ids
         pairs = _renumber(pairs, plan.core > 1)
         parts, note = _split(pairs, plan, source)
-        notes = (note, *filtered)
+        notes = (note, *filtered, *data.notes)
     else:
         if plan.core > 1 or plan.min_count > 1:
             raise ValueError("core and min_count change what is split; give a split other than 'given'")
-        parts, notes = {part: (one.users, one.items) for part, one in rows.items()}, ("split: given",)
-    arrays = align_features(keyed, item_ids, feature_paths, " and ".join(path.name for path in files.values()))
-    label = name or (paths[0].resolve().name if paths[0].is_dir() else paths[0].stem)
-    return assemble(label, parts, user_ids, item_ids, arrays, source=source, notes=notes)
+        parts, notes = {part: (one.users, one.items) for part, one in rows.items()}, ("split: given", *data.notes)
+    arrays = align_features(keyed, item_ids, data.feature_paths, data.described)
+    item_names = None if data.names is None else _names_of(data.names, item_ids)
+    return assemble(
+        name or data.name, parts, user_ids, item_ids, arrays, item_names=item_names, source=source, notes=notes
+    )
+
+
+def _names_of(names: tuple[np.ndarray, np.ndarray], item_ids: np.ndarray) -> np.ndarray:
+    ids, texts = names
+    rows = locate(ids, item_ids)
+    return np.where(rows >= 0, texts[rows], "") if len(texts) else np.full(len(item_ids), "")
 
 
 def _universe(items: np.ndarray, keyed: Mapping[str, tuple[np.ndarray, np.ndarray]], core: int) -> np.ndarray:

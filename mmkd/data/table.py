@@ -25,7 +25,15 @@ from .errors import DataError
 from .files import MOST_EXPANSION, SMALL, expect_kind
 from .ids import as_ids, ids_from_text, text_array
 
-__all__ = ["ITEM_NAMES", "TABLE_SUFFIXES", "RawInteractions", "Table", "read_columns", "read_interactions"]
+__all__ = [
+    "ITEM_NAMES",
+    "TABLE_SUFFIXES",
+    "RawInteractions",
+    "Table",
+    "interactions_of",
+    "read_columns",
+    "read_interactions",
+]
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
 USER_NAMES = ("user", "user_id")
@@ -68,7 +76,7 @@ class Table:
         try:
             return np.asarray(values, dtype=np.float32)
         except ValueError:
-            row, value = next((row, value) for row, value in enumerate(values, 1) if not _is_number(value))
+            row, value = next((row, value) for row, value in enumerate(values, 1) if not is_number(value))
             raise DataError(f"{self.path}: row {row}, column {name!r}: expected a number, found {value!r}") from None
 
     def times(self, name: str) -> np.ndarray:
@@ -98,7 +106,8 @@ class Table:
             raise DataError(f"{self.path}: row {row} has no {name!r}; expected a value, found nothing")
 
 
-def _is_number(text: str) -> bool:
+def is_number(text: str) -> bool:
+    """Whether `float` reads it."""
     try:
         float(text)
     except ValueError:
@@ -242,7 +251,14 @@ def read_interactions(
         DataError: a column missing or unknown, an empty id, a time that is none, or what `read_columns`
             refuses.
     """
-    table = read_columns(path)
+    return interactions_of(read_columns(path), columns, ignore)
+
+
+def interactions_of(
+    table: Table, columns: Mapping[str, str] | None = None, ignore: Sequence[str] = ()
+) -> RawInteractions:
+    """The (user, item[, timestamp]) rows of a table; arguments and errors as `read_interactions`."""
+    path = table.path
     chosen = _choose_columns(table, dict(columns or {}), ignore)
     if not len(table.columns[chosen["user"]]):
         raise DataError(f"{path}: no rows after the header; expected at least one interaction")

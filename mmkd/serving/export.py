@@ -17,7 +17,7 @@ from mmkd.data.ids import text_array
 from mmkd.files import make_folder, write_atomic, write_folder, write_json
 from mmkd.serving.recommend import Recommender, load
 
-FORMATS = ("safetensors", "parquet", "faiss")
+FORMATS = ("safetensors", "parquet", "faiss", "onnx")
 MARK = "export.json"  # in every exported folder: what it is
 
 
@@ -47,7 +47,9 @@ class Tables:
                 raise ExportError(f"tables: {table.shape} and ids: {ids.shape} do not go together")
 
 
-def export(run_dir: str | Path | Recommender, to: Literal["safetensors", "parquet", "faiss"], path: str | Path) -> Path:
+def export(
+    run_dir: str | Path | Recommender, to: Literal["safetensors", "parquet", "faiss", "onnx"], path: str | Path
+) -> Path:
     """Writes the student of a run, ids included, and returns where.
 
     - `safetensors`: one file with `user_emb`, `item_emb` (float32) and `user_ids`, `item_ids`, `item_names`: int64, or for
@@ -56,6 +58,11 @@ def export(run_dir: str | Path | Recommender, to: Literal["safetensors", "parque
       items also `name` where there are names.
     - `faiss`: a folder with `items.faiss` (exact inner-product index; position r is `item_ids[r]`), `users.npy` (the
       queries) and `ids.npz`.
+    - `onnx`: a folder with `model.onnx`, the ranking itself, ids inside. Inputs `users` (int64 `[n]`, positions in
+      `user_ids`), `exclude` (int64 `[n, m]`, positions of items to leave out, -1 for none) and `k` (int64 `[1]`); outputs
+      `scores` (float32 `[n, k]`, -inf where nothing is left), `items` (int64 `[n, k]` or text: original ids), `user`
+      (their ids) and, where items have them, `names`. The tables and ids are its initializers. Equal scores come by
+      position.
 
     A file or an earlier export at `path` is replaced.
 
@@ -67,7 +74,7 @@ def export(run_dir: str | Path | Recommender, to: Literal["safetensors", "parque
         raise ExportError(f"to: expected one of {', '.join(FORMATS)}, got {to!r}")
     path = Path(path)
     _check_target(path, folder=to != "safetensors")
-    writer = {"parquet": _write_parquet, "faiss": _write_faiss}.get(to)
+    writer = {"parquet": _write_parquet, "faiss": _write_faiss, "onnx": _write_onnx}.get(to)
     if writer is not None:
         _library(to)
     tables = _tables(run_dir if isinstance(run_dir, Recommender) else load(run_dir))
@@ -94,7 +101,7 @@ def load_export(path: str | Path) -> Tables:
         if path.is_file():
             return _read_safetensors(path)
         to = json.loads((path / MARK).read_text(encoding="utf-8"))["to"]
-        return {"parquet": _read_parquet, "faiss": _read_faiss}[to](path)
+        return {"parquet": _read_parquet, "faiss": _read_faiss, "onnx": _read_onnx}[to](path)
     except ImportError:
         raise
     except Exception as error:  # whatever the libraries of the formats say of a broken file
@@ -117,11 +124,15 @@ def _library(to: str):
             import faiss
 
             return faiss
+        if to == "onnx":
+            import onnx
+
+            return onnx
         import pyarrow.parquet
 
         return pyarrow
     except ImportError as error:
-        package = {"faiss": "faiss-cpu", "parquet": "pyarrow"}[to]
+        package = {"faiss": "faiss-cpu", "parquet": "pyarrow", "onnx": "onnx"}[to]
         raise ImportError(f"export to {to} needs {package}: pip install {package} (or mmkd[serve])") from error
 
 
@@ -219,3 +230,85 @@ def _check_flat_index(path: Path) -> None:
         raise ValueError("items.faiss is no flat inner-product index")
     if path.stat().st_size != head.size + 4 * floats:
         raise ValueError(f"items.faiss declares {rows} x {width} floats and has {path.stat().st_size} bytes")
+
+
+_OPSET = 17
+_ONNX_BYTES = 2**31 - 2**27  # the limit of protobuf, with room for the ids
+
+
+def _write_onnx(tables: Tables, folder: Path) -> None:
+    onnx = _library("onnx")
+    size = tables.user_emb.nbytes + tables.item_emb.nbytes
+    if size > _ONNX_BYTES:
+        raise ExportError(
+            f"to: onnx holds at most 2 GiB in one file, and these tables have {size / 2**30:.1f} GiB; export to faiss or parquet"
+        )
+    helper, types = onnx.helper, onnx.TensorProto
+    ids = {"user_ids": tables.user_ids, "item_ids": tables.item_ids, "item_names": tables.item_names}
+    constants = [
+        onnx.numpy_helper.from_array(tables.user_emb, "user_emb"),
+        onnx.numpy_helper.from_array(tables.item_emb, "item_emb"),
+        *(_onnx_ids(name, values) for name, values in ids.items() if values is not None),
+        helper.make_tensor("none", types.INT64, [1], [len(tables.item_ids)]),
+        helper.make_tensor("zero", types.INT64, [1], [0]),
+        helper.make_tensor("one", types.INT64, [1], [1]),
+        helper.make_tensor("minus_inf", types.FLOAT, [1], [float("-inf")]),
+    ]
+    node = helper.make_node
+    nodes = [
+        node("Gather", ["user_emb", "users"], ["query"]),
+        node("Transpose", ["item_emb"], ["item_t"], perm=[1, 0]),
+        node("MatMul", ["query", "item_t"], ["all"]),
+        # one column more, where the -1 of `exclude` can point without hurting an item
+        node("Slice", ["all", "zero", "one", "one"], ["column"]),
+        node("Concat", ["all", "column"], ["padded"], axis=1),
+        node("Less", ["exclude", "zero"], ["empty"]),
+        node("Where", ["empty", "none", "exclude"], ["target"]),
+        node("Shape", ["target"], ["target_shape"]),
+        node("Expand", ["minus_inf", "target_shape"], ["updates"]),
+        node("ScatterElements", ["padded", "target", "updates"], ["masked_padded"], axis=1),
+        node("Slice", ["masked_padded", "zero", "none", "one"], ["masked"]),
+        node("TopK", ["masked", "k"], ["scores", "rows"], axis=1),
+        node("Gather", ["item_ids", "rows"], ["items"]),
+    ]
+    value = helper.make_tensor_value_info
+    inputs = [
+        value("users", types.INT64, ["n"]),
+        value("exclude", types.INT64, ["n", "m"]),
+        value("k", types.INT64, [1]),
+    ]
+    item_type = types.STRING if tables.item_ids.dtype.kind == "U" else types.INT64
+    outputs = [value("scores", types.FLOAT, ["n", None]), value("items", item_type, ["n", None])]
+    if tables.item_names is not None:
+        nodes.append(node("Gather", ["item_names", "rows"], ["names"]))
+        outputs.append(value("names", types.STRING, ["n", None]))
+    nodes.append(node("Gather", ["user_ids", "users"], ["user"]))
+    outputs.append(value("user", types.STRING if tables.user_ids.dtype.kind == "U" else types.INT64, ["n"]))
+    graph = helper.make_graph(nodes, "mmkd_student", inputs, outputs, constants)
+    model = helper.make_model(
+        graph, producer_name="mmkd", opset_imports=[helper.make_opsetid("", _OPSET)], ir_version=8
+    )
+    onnx.checker.check_model(model)
+    onnx.save_model(model, str(folder / "model.onnx"))
+
+
+def _onnx_ids(name: str, values: np.ndarray):
+    onnx = _library("onnx")
+    if values.dtype.kind == "U":
+        texts = [value.encode() for value in values.tolist()]
+        return onnx.helper.make_tensor(name, onnx.TensorProto.STRING, [len(texts)], texts)
+    return onnx.numpy_helper.from_array(values.astype(np.int64), name)
+
+
+def _read_onnx(folder: Path) -> Tables:
+    onnx = _library("onnx")
+    model = onnx.load_model(str(folder / "model.onnx"))
+    constants = {constant.name: constant for constant in model.graph.initializer}
+
+    def read(name: str) -> np.ndarray:
+        if constants[name].data_type == onnx.TensorProto.STRING:
+            return np.asarray([text.decode() for text in constants[name].string_data], dtype=str)
+        return onnx.numpy_helper.to_array(constants[name])
+
+    names = read("item_names") if "item_names" in constants else None
+    return Tables(read("user_emb"), read("item_emb"), read("user_ids"), read("item_ids"), names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,11 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mmkd import ops
 from mmkd.data.files import open_npz
-from mmkd.data.ids import first_duplicate
+from mmkd.data.ids import as_ids, first_duplicate, locate
 from mmkd.data.npz import read_csr
-from mmkd.evaluation.evaluator import as_exclude
+from mmkd.serving.ranking import Ranking
 
 
 class RunLoadError(ValueError):
@@ -59,27 +59,64 @@ class Recommender:
         self.user_emb, self.item_emb, self.seen = user_emb, item_emb, _checked_seen(seen, len(user_ids), len(item_ids))
         self.user_ids, self.item_ids, self.item_names = user_ids, item_ids, item_names
         self._position = {str(user): row for row, user in enumerate(user_ids.tolist())}
-        self._exclude = as_exclude(self.seen)
+        self._ranking = Ranking(user_emb, item_emb, self.seen)
+
+    def restricted(self, allow: Iterable | None = None, deny: Iterable | None = None) -> Recommender:
+        """The same student recommending only items of `allow` (all, if not given) that are not in `deny`.
+
+        Args:
+            allow, deny: original item ids. An id of `allow` must be known; one of `deny` need not be.
+
+        Raises:
+            ValueError: an id of `allow` is unknown, or no item is left.
+        """
+        keep = np.ones(len(self.item_ids), bool)
+        if allow is not None:
+            keep[:] = False
+            keep[self._item_rows("allow", allow)] = True
+        if deny is not None:
+            keep[self._item_rows("deny", deny, unknown_too=True)] = False
+        rows = np.flatnonzero(keep)
+        if not rows.size:
+            raise ValueError(f"allow, deny: none of the {len(self.item_ids)} items is left to recommend")
+        view = copy.copy(self)
+        view._ranking = Ranking(self.user_emb, self.item_emb, self.seen, rows)
+        return view
+
+    def _item_rows(self, name: str, ids: Iterable, unknown_too: bool = False) -> np.ndarray:
+        wanted = as_ids(np.asarray(ids if isinstance(ids, np.ndarray) else list(ids)))
+        rows = locate(self.item_ids, wanted)
+        if not unknown_too and (rows < 0).any():
+            item = wanted[np.flatnonzero(rows < 0)[0]].item()
+            near = _nearest(item, self.item_ids)
+            hint = f"; near it: {', '.join(near)}" if near else ""
+            raise ValueError(f"{name}: {item!r} is not among the {len(self.item_ids)} items of this run{hint}")
+        return rows[rows >= 0]
+
+    def find(self, users: Iterable) -> np.ndarray:
+        """Rows of original user ids, int64; -1 for an unknown id."""
+        get = self._position.get
+        return np.fromiter((get(str(user), -1) for user in users), np.int64)
 
     def positions(self, users: Iterable) -> np.ndarray:
         """Rows of original user ids, int64. An unknown id raises ValueError with the nearest known ones."""
-        rows = []
-        for user in users:
-            row = self._position.get(str(user))
-            if row is None:
-                near = _nearest(user, self.user_ids)
-                hint = f"; near it: {', '.join(near)}" if near else ""
-                raise ValueError(f"users: {user!r} is not among the {len(self.user_ids)} users of this run{hint}")
-            rows.append(row)
-        return np.asarray(rows, dtype=np.int64)
+        users = list(users)
+        rows = self.find(users)
+        if (rows < 0).any():
+            raise ValueError(f"users: {self.unknown(users[int(np.argmax(rows < 0))])}")
+        return rows
+
+    def unknown(self, user: object) -> str:
+        """What to say about an id that no user has: the nearest known ones."""
+        near = _nearest(user, self.user_ids)
+        hint = f"; near it: {', '.join(near)}" if near else ""
+        return f"{user!r} is not among the {len(self.user_ids)} users of this run{hint}"
 
     def topk(self, rows: np.ndarray, k: int, exclude_seen: bool = True) -> tuple[np.ndarray, np.ndarray]:
         """Scores float32 `[n, k]` and item rows int64 `[n, k]` (-1: no item left) for user rows `[n]`."""
         if k < 1:
             raise ValueError(f"k: expected >= 1, got {k}")
-        exclude = self._exclude if exclude_seen else None
-        scores, ids = ops.topk(self.user_emb, self.item_emb, k, users=torch.as_tensor(rows), exclude=exclude)
-        return scores.numpy(), ids.numpy()
+        return self._ranking.topk(np.asarray(rows, np.int64), k, exclude_seen)
 
     def recommend(self, users, k: int = 10, exclude_seen: bool = True) -> list[list[Recommendation]]:
         """The `k` best items of each user, best first; fewer where fewer are left.

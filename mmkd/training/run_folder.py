@@ -165,13 +165,12 @@ class RunFolder:
             write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write_ids(self, dataset: Dataset) -> None:
-        """`ids.npz` (original ids, item names) and `seen.npz` (train and validation interactions)."""
+        """`ids.npz` (original ids, item names) and `seen.npz` (interactions of train as 1, of validation as 2)."""
         arrays = {"user_ids": _plain(dataset.user_ids), "item_ids": _plain(dataset.item_ids)}
         if dataset.item_names is not None:
             arrays["item_names"] = _plain(dataset.item_names)
         write_atomic(self.path / "ids.npz", lambda temporary: np.savez(temporary, **arrays))
-        seen = dataset.train if dataset.val is None else sp.csr_matrix(dataset.train + dataset.val)
-        seen.data = np.ones_like(seen.data)
+        seen = dataset.train if dataset.val is None else sp.csr_matrix(dataset.train + 2 * dataset.val)
         write_atomic(self.path / "seen.npz", lambda temporary: sp.save_npz(temporary, seen))
 
 
