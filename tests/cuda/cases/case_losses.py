@@ -140,7 +140,7 @@ def case_list_kd_extreme_logits(schedules):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("d", [7, 64])
+@pytest.mark.parametrize("d", DIMS)
 def case_list_scores(dtype, d, schedules, deterministic):
     users, candidates = torch.randint(0, 9, (6,)), torch.randint(0, 13, (6, 11))
     compare(

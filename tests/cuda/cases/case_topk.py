@@ -35,7 +35,7 @@ def exclusions(users, items, per_row=7, index=torch.int32):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("d", [1, 7, 64, 65, 128])
+@pytest.mark.parametrize("d", [1, 7, 32, 64, 65, 128])
 def case_topk(dtype, d, schedules):
     num_users, num_items, k = 70, 150, 20
     u, i = integers(num_users, d, dtype, 2), integers(num_items, d, dtype, 2)
