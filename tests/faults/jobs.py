@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 import mmkd
+from mmkd.data import convert, load
 from mmkd.serving import export
 from mmkd.training import summary
 
@@ -59,6 +60,11 @@ def export_run(run: Path, to: str, path: Path) -> None:
     """`mmkd export`."""
     torch.set_num_threads(1)
     export(run, to, path)
+
+
+def converted(source: Path, to: str, out: Path) -> None:
+    """`mmkd data --convert`."""
+    convert(load(source), out, to)
 
 
 def killed_at(event: int | None, folder: Path, report: Path | None, job, *arguments) -> None:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 import mmkd
 from mmkd.config import load_config
-from mmkd.data import synthetic
+from mmkd.data import convert, load, synthetic
 from mmkd.files import WriteError, append_line, sweep, write_atomic, write_folder, write_text
 from mmkd.serving import load_export
 from mmkd.training import RunError, RunStopped, Stop, TrainingError, stop_on_signals
@@ -27,7 +27,13 @@ from mmkd.training.checkpoint import load_checkpoint
 from mmkd.training.run_folder import RunFolder
 from tests.faults import jobs
 
-KILLS = {"training, any moment": 22, "training, at a file": 16, "export, at a file": 12, "update, at a file": 8}
+KILLS = {
+    "training, any moment": 22,
+    "training, at a file": 16,
+    "export, at a file": 12,
+    "conversion, at a file": 5,
+    "update, at a file": 8,
+}
 
 
 def run(job, *arguments, kill_after: float | None = None) -> tuple[int, float]:
@@ -165,6 +171,22 @@ def test_a_killed_export_leaves_the_one_before_or_the_new_one(whole, tmp_path):
         found = float(load_export(place).item_emb[0, 0])
         assert any(abs(found - value) < 1e-6 for value in expected)
         assert run(jobs.export_run, new, to, place)[0] == 0
+
+
+def test_a_killed_conversion_leaves_nothing_or_all(tmp_path):
+    rng, sound = random.Random(5), synthetic(30, 20, 300, seed=1)
+    convert(sound, tmp_path / "source", "npz")
+    for number in range(KILLS["conversion, at a file"]):
+        to = ("npz", "json", "table", "mmrec", "recbole")[number % 5]
+        out = tmp_path / f"{number}" / "shop"
+        job = (jobs.converted, tmp_path / "source", to, out)
+        code, _ = run(jobs.killed_at, rng.randint(1, 12), out.parent, None, *job)
+        assert code in (0, -signal.SIGKILL)
+        if out.exists():
+            assert load(out).train.nnz == sound.train.nnz
+            continue
+        assert run(*job)[0] == 0
+        assert load(out).train.nnz == sound.train.nnz
 
 
 def test_fifty_kills():

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 import mmkd
 from mmkd.config import Config, ConfigError, load_config
-from mmkd.data import DataError, load, synthetic
+from mmkd.data import DataError, convert, load, synthetic
 from mmkd.graph import BipartiteGraph
 from mmkd.models.lightgcn import LightGCN, initial_table
 from mmkd.serving import ExportError, RunLoadError, export, load_export
@@ -87,6 +87,16 @@ def _make_table(folder: Path) -> None:
     rows = [f"i{n}\t" + "\t".join(map(str, row)) for n, row in enumerate(features.tolist())]
     (folder / "image_feat.tsv").write_text("item\ta\tb\tc\n" + "\n".join(rows))
     np.savez_compressed(folder / "text_feat.npz", ids=np.asarray([f"i{n}" for n in range(20)]), features=features)
+
+
+def _make_converted(to: str) -> Callable[[Path], None]:
+    def make(folder: Path) -> None:
+        convert(synthetic(30, 20, 300, seed=1), folder / "out", to)
+        for path in (folder / "out").iterdir():
+            path.rename(folder / path.name)
+        (folder / "out").rmdir()
+
+    return make
 
 
 def _make_parquet(folder: Path) -> None:
@@ -171,11 +181,13 @@ TARGETS = {
     "json": Target(_make_json, _read_data, (DataError,)),
     "table": Target(_make_table, _read_data, (DataError,)),
     "parquet": Target(_make_parquet, _read_data, (DataError,)),
+    "mmrec": Target(_make_converted("mmrec"), _read_data, (DataError,)),
+    "recbole": Target(_make_converted("recbole"), _read_data, (DataError,)),
     "checkpoint": Target(_make_checkpoint, _read_checkpoint, (CheckpointError,)),
     "run": Target(_make_run, _read_run, (RunLoadError, RunError, ConfigError)),
     **{
         f"export-{to}": Target(_make_export(to), _read_export, (ExportError,))
-        for to in ("safetensors", "parquet", "faiss")
+        for to in ("safetensors", "parquet", "faiss", "onnx")
     },
 }
 
