@@ -156,7 +156,10 @@ def test_sentence_transformers_with_a_model_made_here(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "vocab.txt").write_text("\n".join(words))
     torch.manual_seed(0)
-    config = transformers.BertConfig(len(words), 16, 1, 2, 32, max_position_embeddings=32)
+    config = transformers.BertConfig(
+        vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=32,
+    )  # fmt: skip
     transformers.BertModel(config).save_pretrained(tmp_path / "model")
     transformers.BertTokenizer(str(tmp_path / "model" / "vocab.txt")).save_pretrained(tmp_path / "model")
     path = encode.text_features(IDS, TEXTS, tmp_path / "out", model=str(tmp_path / "model"), block=4)
