@@ -47,7 +47,7 @@ def main(
     (first, grad), (second, other) = step(eager), step(compiled)
     result = {"loss": float((first - second).abs()), "gradient": float((grad - other).abs().max())}
     result["theirs"], result["ours"] = in_turn(lambda: step(eager), lambda: step(compiled), rounds)
-    report("loss, forward + backward", "eager", result["theirs"], result["ours"], result["loss"])
+    report("loss, forward + backward", "eager", result["theirs"], result["ours"], result["loss"], "compiled")
     return result
 
 

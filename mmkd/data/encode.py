@@ -112,8 +112,8 @@ def text_encoder(model: str) -> Encoder:
     """A sentence-transformers model (name or folder) as texts -> float32 `[n, d]`, rows of unit length."""
     try:
         from sentence_transformers import SentenceTransformer
-    except ImportError as error:
-        raise ImportError("text models need sentence-transformers: pip install 'mmkd[text]'") from error
+    except (ImportError, RuntimeError) as error:
+        raise ImportError(f"text models need sentence-transformers: pip install 'mmkd[text]' ({error})") from error
     loaded = SentenceTransformer(model)
 
     def encode(texts: Sequence[str]) -> np.ndarray:
@@ -128,8 +128,8 @@ def image_encoder(model: str) -> Encoder:
         import open_clip
         import torch
         from PIL import Image
-    except ImportError as error:
-        raise ImportError("image models need open_clip: pip install 'mmkd[image]'") from error
+    except (ImportError, RuntimeError) as error:  # a torchvision built for another torch raises the latter
+        raise ImportError(f"image models need open_clip: pip install 'mmkd[image]' ({error})") from error
     name, slash, pretrained = model.partition("/")
     if not slash:
         raise DataError(
