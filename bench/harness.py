@@ -130,13 +130,17 @@ def compare(
     flops: float | None = None,
     targets: dict[str, float] | None = None,
     rounds: int = ROUNDS,
+    warmup: int = 3,
+    repeats: int = 1,
     memory: bool = False,
     interleaved: Callable[..., dict[str, list[float]]] = interleaved,
     peak: Callable[[Callable[[], object]], float] = peak_extra_mb,
 ) -> Row:
-    """Measures and records one row. A rival given as None is listed as absent. On a GPU `bench/gpu.py` is the clock."""
+    """Measures and records one row. A rival given as None is listed as absent. On a GPU `bench/gpu.py` is the clock.
+    `repeats`: how many steps one call of ours does."""
     present = {name: fn for name, fn in rivals.items() if fn is not None}
-    times = interleaved({"ours": ours, **present}, rounds)
+    times = interleaved({"ours": ours, **present}, rounds, warmup)
+    times["ours"] = [t / repeats for t in times["ours"]]
     median = {name: statistics.median(t) for name, t in times.items()}
     quartiles = statistics.quantiles(times["ours"], n=4) if len(times["ours"]) > 1 else [0, 0, 0]
     row = Row(

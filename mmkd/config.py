@@ -70,6 +70,12 @@ class TeacherConfig(StageConfig):
         "standardize",
         description="features as they are; centred and divided by one number; or every column to mean 0, std 1",
     )
+    feature_memory: Literal["loaded", "mapped"] = Field(
+        "loaded", description="features in memory, in their stored type; or left in their file and read in every step"
+    )
+    feature_compute: Literal["float32", "bfloat16"] = Field(
+        "float32", description="type of both factors in X W and in its gradient; bfloat16 where the processor has it"
+    )
     feature_weight: float = Field(0.5, ge=0, description="omega, weight of the row-normalised F^m in E^T")
     modality_loss: float = Field(0.5, ge=0, description="mu, weight of each modality head's own BPR")
     prompt_loss: float = Field(0.1, ge=0, description="nu, weight of the prompt's own BPR")
@@ -152,6 +158,9 @@ class Config(_Section):
         (), description="where the numbers go besides metrics.jsonl"
     )
     progress: bool = Field(True, description="show a progress bar")
+    profile: int = Field(
+        0, ge=0, description="steps of every stage to profile by op; the tables go into the run folder"
+    )
 
     def to_yaml(self) -> str:
         """The settings as YAML text that :func:`load_config` reads back to an equal object."""

@@ -55,7 +55,7 @@ def written_out(teacher, graph):
     joint = sum(torch.linalg.matrix_power(a, layer) @ teacher.table for layer in range(3)) / 3
     users, items = [], []
     for table, w, b in zip(teacher.features, teacher.weights, teacher.biases, strict=True):
-        x = table.values
+        x = torch.cat(list(table.blocks()))
         pm = p @ (p.T @ x)
         pm = pm / graph.num_items if teacher.norm == "mean" else pm / pm.norm(dim=1, keepdim=True).clamp_min(1e-12)
         f = (x + teacher.strength * pm) @ w + b
@@ -99,6 +99,26 @@ def test_collapse_equals_the_teacher_in_values_and_prompt_gradients(graph, norm,
     assert seen[0][3].abs().max() > 1e-6 and seen[0][4].abs().max() > 1e-6  # the check compares something
 
 
+@pytest.mark.parametrize("norm", ["mean", "row"])
+def test_collapsed_logits_equal_those_of_the_teacher_in_values_and_gradients(graph, norm):
+    teacher = make_teacher(graph, norm)
+    frozen = FrozenTeacher(teacher)
+    users, candidates = torch.tensor([3, 0, 3, 25]), torch.tensor([[1, 4], [0, 18], [1, 1], [7, 2]])
+    seen = []
+    for collapsed in (False, True):
+        if collapsed:
+            state = frozen.state()
+            logits = frozen.logits(frozen.at(users, state), candidates, state)
+        else:
+            out = teacher()
+            logits = torch.einsum("mbd,mbkd->mbk", out.users[:, users], out.items[:, candidates])
+        grads = torch.autograd.grad(logits.sin().sum(), [teacher.prompt.weight, teacher.prompt.bias])
+        seen.append((logits, *grads))
+    for ours, wanted in zip(seen[1], seen[0], strict=True):
+        assert (ours - wanted).abs().max() <= 1e-10 * max(1.0, wanted.abs().max().item())
+    assert seen[0][1].abs().max() > 1e-6
+
+
 def test_collapse_without_a_prompt_is_a_constant(graph):
     teacher = make_teacher(graph, strength=0.0)
     frozen = FrozenTeacher(teacher)()
@@ -106,10 +126,58 @@ def test_collapse_without_a_prompt_is_a_constant(graph):
     torch.testing.assert_close(frozen.joint, teacher().joint.detach(), atol=1e-12, rtol=0)
 
 
-def test_collapse_keeps_nothing_as_wide_as_the_features(graph):
-    frozen = FrozenTeacher(make_teacher(graph, "mean"))
-    assert all(b.shape[-1] <= D * len(WIDTHS) for b in frozen.buffers())
-    assert frozen.reduced == [] and frozen.totals == []
+@pytest.mark.parametrize("norm", ["mean", "row"])
+def test_collapse_keeps_nothing_as_wide_as_the_features_and_no_second_table(graph, norm):
+    frozen = FrozenTeacher(make_teacher(graph, norm))
+    assert all(b.shape[-1] <= D + 1 for b in frozen.buffers())
+    held = sum(b.numel() for name, b in frozen.named_buffers() if b.shape[-2] >= graph.num_items)
+    design = D + 1 if norm == "mean" else 0
+    assert held <= graph.num_nodes * (D * len(WIDTHS) + D + design) + graph.num_items * (D + 1)
+
+
+@pytest.mark.parametrize("norm", ["mean", "row"])
+def test_a_prompt_that_does_not_learn_is_folded_into_the_constants(graph, norm):
+    teacher = make_teacher(graph, norm)
+    frozen, out = FrozenTeacher(teacher, learn_prompt=False), teacher()
+    assert not frozen.strength
+    ours = frozen()
+    for mine, wanted in zip((ours.joint, ours.users, ours.items), (out.joint, out.users, out.items), strict=True):
+        assert not mine.requires_grad
+        torch.testing.assert_close(mine, wanted.detach(), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("mode", ["raw", "center", "standardize"])
+@pytest.mark.parametrize("stored", [np.float16, np.float32, np.int16, ">f4"], ids=str)
+def test_projection_from_the_stored_type_equals_the_prepared_product(mode, stored):
+    x = (np.random.default_rng(0).standard_normal((70, 9)) * 4 + 6).astype(stored)
+    table = FeatureTable("x", x, mode)
+    assert table.values.dtype != torch.float32 or np.shares_memory(table.values.numpy(), x) or stored == ">f4"
+    prepared = torch.cat(list(table.blocks(16, torch.float64)))
+    weight = torch.randn(9, 5, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    direction = torch.randn(70, 5, generator=torch.Generator().manual_seed(2))
+    ours = table.project(weight)
+    torch.testing.assert_close(ours.double(), prepared @ weight.double(), atol=2e-5, rtol=1e-5)
+    grad = torch.autograd.grad((ours * direction).sum(), weight)[0]
+    torch.testing.assert_close(grad.double(), prepared.T @ direction.double(), atol=2e-4, rtol=1e-5)
+
+
+def test_bfloat16_products_are_close_even_far_from_zero():
+    x = np.random.default_rng(0).standard_normal((300, 40)).astype(np.float32) + 100
+    exact, rounded = (FeatureTable("x", x, "standardize", compute=c) for c in ("float32", "bfloat16"))
+    weight = torch.randn(40, 8, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    want, got = exact.project(weight), rounded.project(weight)
+    assert (got - want).norm() < 0.01 * want.norm()
+    grads = [torch.autograd.grad(out.square().sum(), weight)[0] for out in (want, got)]
+    assert 0 < (grads[1] - grads[0]).norm() < 0.01 * grads[0].norm()
+
+
+def test_mapped_features_stay_on_the_disk(tmp_path):
+    x = np.random.default_rng(0).standard_normal((50, 6)).astype(np.float16)
+    np.save(tmp_path / "x.npy", x)
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    table = FeatureTable("x", mapped)
+    assert table.values.dtype == torch.float16 and table.values.data_ptr() == mapped.ctypes.data
+    torch.testing.assert_close(table.project(torch.ones(6, 2)), FeatureTable("x", x).project(torch.ones(6, 2)))
 
 
 def test_principal_components_match_the_singular_vectors_and_are_signed():
@@ -136,13 +204,15 @@ def test_wide_features_reach_the_same_components():
 def test_feature_modes():
     x = np.random.default_rng(0).standard_normal((50, 4)).astype(np.float16) * 3 + 7
     x[:, 2] = 5.0
-    standard = FeatureTable("x", x, "standardize").values
+    standard = torch.cat(list(FeatureTable("x", x, "standardize").blocks(16)))
     torch.testing.assert_close(standard.mean(0), torch.zeros(4), atol=1e-4, rtol=0)
     assert standard[:, 2].eq(0).all()
     torch.testing.assert_close(standard.std(0, correction=0)[[0, 1, 3]], torch.ones(3), atol=1e-3, rtol=0)
-    assert FeatureTable("x", x, "raw").values.equal(torch.from_numpy(x).float())
+    assert next(FeatureTable("x", x, "raw").blocks()).equal(torch.from_numpy(x).float())
     with pytest.raises(ValueError, match="mode: expected"):
         FeatureTable("x", x, "whiten")
+    with pytest.raises(ValueError, match="compute: expected"):
+        FeatureTable("x", x, compute="float8")
 
 
 def test_lightgcn_rows_and_errors(graph):

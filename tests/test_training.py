@@ -208,3 +208,45 @@ def test_damaged_checkpoints_are_refused(tmp_path):
             load_checkpoint(path)
     with pytest.raises(CheckpointError, match="does not exist"):
         load_checkpoint(tmp_path / "none.safetensors")
+
+
+def test_a_profile_names_the_ops_and_changes_no_number(finished, dataset, tmp_path):
+    config = quick(baselines=["popularity", "item-knn", "lightgcn"], profile=2, checkpoint_every=5)
+    run = mmkd.train(config, out=tmp_path / "r", dataset=dataset)
+    assert run.rows == finished.rows
+    for stage, op in (("student", "mmkd::list_kd"), ("teacher", "mmkd::spmm"), ("lightgcn", "mmkd::propagate")):
+        text = (run.path / f"profile-{stage}.md").read_text()
+        assert op in text and "aten::mul" in text
+        rows = [line.split("|") for line in text.splitlines() if line.startswith("|")][2:]
+        assert abs(sum(float(row[3].strip(" %")) for row in rows) - 100) < 2
+        assert len({row[1] for row in rows}) == len(rows)
+
+
+def test_a_profile_longer_than_the_epoch_says_so(dataset, tmp_path, caplog):
+    mmkd.train(quick(profile=500, student={"epochs": 1}, teacher={"epochs": 1}), out=tmp_path / "r", dataset=dataset)
+    assert "profile: an epoch of stage teacher has 8 steps" in caplog.text
+
+
+@pytest.mark.parametrize("teacher", [{"feature_compute": "bfloat16"}, {"feature_memory": "mapped"}], ids=str)
+def test_features_may_be_mapped_and_multiplied_in_bfloat16(dataset, tmp_path, teacher):
+    run = mmkd.train(quick(teacher=teacher, baselines=[]), out=tmp_path / "r", dataset=dataset)
+    assert all(np.isfinite(line["loss"]) for line in RunFolder(run.path).metrics())
+
+
+def test_batches_made_ahead_are_those_asked_for():
+    from mmkd.training.stage import Ahead
+
+    made = []
+
+    def make(epoch, step):
+        made.append((epoch, step))
+        if (epoch, step) == (2, 0):
+            raise ValueError("of the background thread")
+        return epoch, step
+
+    ahead = Ahead(make, steps=3)
+    assert [ahead(e, s) for e in (0, 1) for s in range(3)] == [(e, s) for e in (0, 1) for s in range(3)]
+    assert ahead(0, 2) == (0, 2)  # a jump, as after a resumption
+    assert made.count((0, 1)) == 1
+    with pytest.raises(ValueError, match="of the background thread"):
+        ahead(2, 0)

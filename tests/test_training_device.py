@@ -16,9 +16,7 @@ from mmkd.models.features import FeatureTable
 from mmkd.models.lightgcn import LightGCN, initial_table
 from mmkd.models.prompt import Prompt
 from mmkd.models.teacher import Teacher
-from mmkd.training import tasks
 from mmkd.training.collapse import FrozenTeacher
-from mmkd.training.stage import NodeBatch, node_batch, to_tensors
 from mmkd.training.tasks import LightGCNTask, StudentTask, TeacherTask
 from mmkd.training.trainer import pick_device
 
@@ -46,13 +44,11 @@ def to_gpu(module: torch.nn.Module, graph) -> None:
         for name, p in part._parameters.items():
             part._parameters[name] = torch.nn.Parameter(fake(p.detach()), p.requires_grad)
         for name, b in part._buffers.items():
-            part._buffers[name] = fake(b)
+            part._buffers[name] = None if b is None else fake(b)
         if hasattr(part, "graph"):
             part.graph = graph
-        if hasattr(part, "reduced"):
-            part.reduced, part.totals = [fake(t) for t in part.reduced], [fake(t) for t in part.totals]
         for table in getattr(part, "features", ()):
-            table.values = fake(table.values)
+            table.values, table.mean, table.scale = fake(table.values), fake(table.mean), fake(table.scale)
 
 
 @pytest.mark.parametrize(("amp", "norm"), [(None, "mean"), ("bf16", "row")])
@@ -63,7 +59,7 @@ def test_every_step_keeps_to_the_gpu(dataset, amp, norm, monkeypatch):
     teacher = Teacher(
         graph, tables, Prompt(torch.randn(dataset.num_items, c.dim)), layers=2, norm=norm, compute=compute
     )
-    frozen, nodes = FrozenTeacher(teacher), torch.arange(100, 110)
+    frozen = FrozenTeacher(teacher)
     table = initial_table(graph.num_nodes, c.dim, "xavier", None)
     weights = torch.ones(len(tables))
 
@@ -76,10 +72,7 @@ def test_every_step_keeps_to_the_gpu(dataset, amp, norm, monkeypatch):
         ]
 
     real = tasks_of(graph, weights)
-    batches = {
-        t.name: node_batch(*to_tensors(t.sampler.batch(0, 0)), graph.num_users, nodes if t.name == "student" else None)
-        for t in real
-    }
+    batches = {t.name: t.batch(0, 0) for t in real}
     expected = {t.name: set(t.step(0, 0)) for t in real}
     monkeypatch.setattr(backends, "resolve", lambda op, x, impl="auto": "cuda")
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -90,9 +83,7 @@ def test_every_step_keeps_to_the_gpu(dataset, amp, norm, monkeypatch):
                 to_gpu(frozen, there)
                 task.modality_weights = fake(weights)
             task.graph = there
-            b = batches[task.name]
-            moved = NodeBatch(b.rows.to(GPU), b.num_users, *(t.to(GPU) for t in (b.users, b.candidates, b.counts)))
-            monkeypatch.setattr(tasks, "node_batch", lambda *a, m=moved, device, **k: m if device == GPU else None)
+            task.batch = lambda epoch, step, drawn=batches[task.name]: drawn  # `step` moves it
             terms = task.step(0, 0)
             assert set(terms) == expected[task.name]
             assert all(v.device == GPU and v.dtype == torch.float32 for v in terms.values())

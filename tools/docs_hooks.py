@@ -20,7 +20,10 @@ SECTIONS = (
     ("Start here", ("index.md",)),
     ("You want a recommender", ("recommender.md", "formats.md", "training.md", "serving.md", "incremental.md")),
     ("You do research", ("research.md", "results.md")),
-    ("You have a training loop", ("own-loop.md", "kernels.md", "gpu.md", "performance.md", "scaling.md")),
+    (
+        "You have a training loop",
+        ("own-loop.md", "kernels.md", "gpu.md", "performance.md", "training.md", "scaling.md"),
+    ),
     ("Operation", ("interruptions.md", "logging.md")),
     ("Reference", ("reference/configuration.md", "reference/commands.md", "reference/api.md", "reference/ops.md")),
     ("More", ("contributing.md", "changelog.md")),

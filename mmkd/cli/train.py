@@ -69,6 +69,15 @@ def train(
             rich_help_panel=_SETTINGS,
         ),
     ] = "",
+    profile: Annotated[
+        bool,
+        typer.Option(
+            "--profile",
+            help="Profile 20 steps of every stage; print and keep where their time goes.",
+            show_default="off",
+            rich_help_panel=_RUN,
+        ),
+    ] = False,
     show_settings: Annotated[
         bool,
         typer.Option(
@@ -115,6 +124,7 @@ def train(
         overrides = list(set_ or [])
         overrides += [f"data.path={data}"] if data else []
         overrides += [f"seed={seed}"] if seed is not None else []
+        overrides += ["profile=20"] if profile else []
         overrides += [f"device={device}"] if device else []
         overrides += [f"amp={amp}"] if amp else []
         overrides += [f"log=[{', '.join(log)}]"] if log else []

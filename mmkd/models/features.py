@@ -1,8 +1,9 @@
-"""Frozen item features of one modality, prepared once and read in blocks."""
+"""Frozen item features of one modality: kept as they are stored, prepared on the way into a product."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -12,32 +13,47 @@ BLOCK_ROWS = 4096
 
 
 class FeatureTable:
-    """``X`` of one modality as the teacher sees it: raw, centred or standardised.
+    """``X = (values - mean) * scale`` of one modality as the teacher sees it: raw, centred or standardised.
 
     Preparation is an affine map per column whose constants come from the item table itself: ``center`` subtracts the
     column means and divides by one number (the root mean square of the column deviations), ``standardize`` divides
-    every column by its own deviation (constant columns become 0).
+    every column by its own deviation (constant columns become 0). The prepared table is never built: products fold the
+    map into the other factor (:func:`project`), everything else reads prepared row blocks.
 
     Args:
         name: modality name, for messages.
-        values: ``[I, d_m]`` in any float dtype, may be memory-mapped; read in blocks, never written.
+        values: ``[I, d_m]``, any float or integer dtype, may be memory-mapped; shared, not copied, and never written.
         mode: ``"raw"``, ``"center"`` or ``"standardize"``.
-        dtype: of the prepared table (float32; float64 in tests).
+        dtype: of prepared blocks and products (float32; float64 in tests).
+        compute: ``"float32"`` multiplies in `dtype`; ``"bfloat16"`` rounds both factors of ``X W`` and of its gradient
+            to bfloat16, sums in float32, and rounds each product once more.
+        loaded: reads a memory-mapped table into memory, in its stored type.
+
+    Raises:
+        ValueError: not two-dimensional, or an unknown mode or compute type.
     """
 
     def __init__(
-        self, name: str, values: np.ndarray, mode: str = "standardize", dtype: torch.dtype = torch.float32
+        self,
+        name: str,
+        values: np.ndarray | Tensor,
+        mode: str = "standardize",
+        dtype: torch.dtype = torch.float32,
+        compute: str = "float32",
+        loaded: bool = False,
     ) -> None:
         if values.ndim != 2:
-            raise ValueError(f"modality '{name}': expected a table [items, width], got shape {values.shape}")
+            raise ValueError(f"modality '{name}': expected a table [items, width], got shape {tuple(values.shape)}")
         if mode not in ("raw", "center", "standardize"):
             raise ValueError(f"mode: expected raw, center or standardize, got {mode!r}")
-        self.name = name
-        mean, scale = _constants(values, mode)
-        self.values = torch.empty(values.shape, dtype=dtype)
-        for start in range(0, len(values), BLOCK_ROWS):
-            block = np.asarray(values[start : start + BLOCK_ROWS], dtype=np.float64)
-            self.values[start : start + len(block)] = torch.from_numpy((block - mean) * scale)
+        if compute not in ("float32", "bfloat16"):
+            raise ValueError(f"compute: expected float32 or bfloat16, got {compute!r}")
+        self.name, self.dtype, self.compute = name, dtype, compute
+        if loaded and isinstance(values, np.memmap):
+            values = np.array(values)
+        self.values = values if isinstance(values, Tensor) else _shared(values)
+        mean, scale = _constants(self.values, mode)
+        self.mean, self.scale = (None if mode == "raw" else c.to(self.values.device) for c in (mean, scale))
 
     @property
     def num_items(self) -> int:
@@ -50,36 +66,162 @@ class FeatureTable:
     def to(self, device: torch.device | str) -> FeatureTable:
         """Moves the table in place."""
         self.values = self.values.to(device)
+        if self.mean is not None:
+            self.mean, self.scale = self.mean.to(device), self.scale.to(device)
         return self
 
-    def blocks(self, rows: int = BLOCK_ROWS) -> Iterator[Tensor]:
-        """Consecutive row blocks ``[<= rows, d_m]``."""
-        yield from self.values.split(rows)
+    def blocks(self, rows: int = BLOCK_ROWS, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
+        """Consecutive prepared row blocks ``[<= rows, d_m]``, in `dtype` (by default that of the table)."""
+        dtype = dtype or self.dtype
+        for block in self.values.split(rows):
+            if self.mean is None:
+                yield block.to(dtype)
+            else:
+                yield (block.double() - self.mean).mul_(self.scale).to(dtype)
 
     def column_sum(self) -> np.ndarray:
         """``1^T X``, ``[d_m]`` float64."""
-        total = np.zeros(self.width)
-        for block in self.blocks():
-            total += block.double().sum(0).cpu().numpy()
+        total = torch.zeros(self.width, dtype=torch.float64, device=self.values.device)
+        for block in self.blocks(dtype=torch.float64):
+            total += block.sum(0)
+        return total.cpu().numpy()
+
+    def moments(self, left: Tensor) -> Tensor:
+        """``left^T X``, ``[k, d_m]`` float64, streamed over items; `left` is ``[I, k]``."""
+        total = torch.zeros(left.shape[1], self.width, dtype=torch.float64, device=self.values.device)
+        for rows, block in zip(left.split(BLOCK_ROWS), self.blocks(dtype=torch.float64), strict=True):
+            total.addmm_(rows.to(total).T, block)
         return total
 
     def project(self, weight: Tensor) -> Tensor:
         """``X W``, ``[I, d]``, differentiable in ``W``."""
-        return self.values @ weight
+        return project([self], [weight])
+
+    def folded(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``(W', t)`` with ``X W = values W' + 1 t^T``: ``W' = diag(scale) W``, ``t = -mean^T W'``; no ``t`` if raw.
+
+        In bfloat16 the centred values are multiplied, for values far from 0 would lose their differences: no ``t``.
+        """
+        if self.mean is None:
+            return weight, None
+        weight = self.scale.to(weight.dtype)[:, None] * weight
+        return weight, None if self.compute == "bfloat16" else -(self.mean.to(weight.dtype) @ weight)
+
+    def _direct(self, dtype: torch.dtype) -> bool:
+        return self.compute == "float32" and self.values.dtype == dtype
+
+    def _work_blocks(self, rows: int = BLOCK_ROWS) -> Iterator[Tensor]:
+        """The left factor of `values W'` in the type it is multiplied in, through one block of scratch memory."""
+        kind = torch.bfloat16 if self.compute == "bfloat16" else self.dtype
+        scratch = torch.empty(min(rows, self.num_items), self.width, dtype=kind, device=self.values.device)
+        centred = torch.empty_like(scratch, dtype=self.dtype) if self._centres else None
+        for block in self.values.split(rows):
+            piece = scratch[: block.shape[0]]
+            if centred is None:
+                piece.copy_(block)
+            else:
+                piece.copy_(torch.sub(block, self.mean.to(self.dtype), out=centred[: block.shape[0]]))
+            yield piece
+
+    @property
+    def _centres(self) -> bool:
+        return self.compute == "bfloat16" and self.mean is not None
+
+    def times(self, weight: Tensor, out: Tensor) -> None:
+        """Writes ``values W'`` (centred values in bfloat16) into `out` ``[I, d]``, which may be columns of a wider table."""
+        if self._direct(weight.dtype):
+            torch.mm(self.values, weight, out=out)
+            return
+        start = 0
+        for block in self._work_blocks():
+            rows = out[start : start + block.shape[0]]
+            if block.dtype == weight.dtype:
+                torch.mm(block, weight, out=rows)
+            else:
+                rows.copy_(block @ weight.to(block.dtype))
+            start += block.shape[0]
+
+    def transposed_times(self, grad: Tensor) -> Tensor:
+        """``values^T G``, ``[d_m, d]`` (centred values in bfloat16), the gradient of ``W'``."""
+        if self._direct(grad.dtype):
+            return self.values.T @ grad
+        total = torch.zeros(self.width, grad.shape[1], dtype=grad.dtype, device=grad.device)
+        start = 0
+        for block in self._work_blocks():
+            rows = grad[start : start + block.shape[0]]
+            if block.dtype == grad.dtype:
+                total.addmm_(block.T, rows)
+            else:
+                total += block.T @ rows.to(block.dtype)
+            start += block.shape[0]
+        return total
 
 
-def _constants(values: np.ndarray, mode: str) -> tuple[np.ndarray | float, np.ndarray | float]:
+class _Project(torch.autograd.Function):
+    """``[values_1 W'_1, ..., values_M W'_M]`` side by side; every product writes its columns, none is copied."""
+
+    @staticmethod
+    def forward(ctx, tables: Sequence[FeatureTable], *weights: Tensor) -> Tensor:
+        ctx.tables, ctx.widths = tables, [weight.shape[1] for weight in weights]
+        out = weights[0].new_empty(tables[0].num_items, sum(ctx.widths))
+        for table, weight, columns in zip(tables, weights, out.split(ctx.widths, 1), strict=True):
+            table.times(weight, columns)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        parts = zip(ctx.tables, grad.split(ctx.widths, 1), ctx.needs_input_grad[1:], strict=True)
+        return None, *(table.transposed_times(columns) if needed else None for table, columns, needed in parts)
+
+
+def project_raw(tables: Sequence[FeatureTable], weights: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """``(R, t)`` with ``[X_1 W_1, ..., X_M W_M] = R + 1 t^T``: ``[I, M d]`` and ``[M d]`` (None where it is zero).
+
+    The caller adds ``t`` to what it adds anyway, so that the affine preparation costs no pass over ``[I, M d]``.
+    """
+    folded = [table.folded(weight) for table, weight in zip(tables, weights, strict=True)]
+    product = _Project.apply(tuple(tables), *(weight for weight, _ in folded))
+    if all(shift is None for _, shift in folded):
+        return product, None
+    return product, torch.cat([w.new_zeros(w.shape[1]) if t is None else t for w, t in folded])
+
+
+def project(tables: Sequence[FeatureTable], weights: Sequence[Tensor]) -> Tensor:
+    """``[X_1 W_1, ..., X_M W_M]``, ``[I, M d]``, differentiable in the weights ``[d_m, d]``."""
+    product, shift = project_raw(tables, weights)
+    return product if shift is None else product + shift
+
+
+def with_ones(x: Tensor) -> Tensor:
+    """``[x 1]``: one more column, of ones."""
+    return torch.cat([x, x.new_ones(x.shape[0], 1)], 1)
+
+
+def _shared(values: np.ndarray) -> Tensor:
+    if not values.dtype.isnative:
+        values = values.astype(values.dtype.newbyteorder("="))
+    if values.dtype.kind == "u" and values.dtype.itemsize > 1:
+        values = values.astype(np.float32 if values.dtype.itemsize == 2 else np.float64)  # torch has no sums of these
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # read only here
+        return torch.from_numpy(values)
+
+
+def _constants(values: Tensor, mode: str) -> tuple[Tensor, Tensor]:
+    """Column means and reciprocal deviations, ``[d_m]`` float64."""
+    mean = values.new_zeros(values.shape[1], dtype=torch.float64)
     if mode == "raw" or not len(values):
-        return 0.0, 1.0
-    total, blocks = np.zeros(values.shape[1]), range(0, len(values), BLOCK_ROWS)
-    for start in blocks:
-        total += np.asarray(values[start : start + BLOCK_ROWS], dtype=np.float64).sum(0)
-    mean, square = total / len(values), np.zeros(values.shape[1])
-    for start in blocks:
-        square += ((np.asarray(values[start : start + BLOCK_ROWS], dtype=np.float64) - mean) ** 2).sum(0)
-    deviation = np.sqrt(square / len(values))
-    floor = 1e-6 * np.maximum(np.abs(mean), deviation.max(initial=0.0))
+        return mean, torch.ones_like(mean)
+    for block in values.split(BLOCK_ROWS):
+        mean += block.double().sum(0)
+    mean /= len(values)
+    square = torch.zeros_like(mean)
+    for block in values.split(BLOCK_ROWS):
+        square += (block.double() - mean).square_().sum(0)
+    deviation = (square / len(values)).sqrt()
+    floor = 1e-6 * torch.maximum(mean.abs(), deviation.max())
     if mode == "center":
-        deviation = np.full_like(deviation, np.sqrt(np.mean(deviation**2)))
+        deviation = deviation.square().mean().sqrt().expand_as(mean)
     usable = deviation > floor
-    return mean, np.where(usable, 1.0, 0.0) / np.where(usable, deviation, 1.0)
+    return mean, torch.where(usable, 1.0, 0.0).double() / torch.where(usable, deviation, 1.0)

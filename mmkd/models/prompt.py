@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmkd.models.features import FeatureTable
+from mmkd.models.features import FeatureTable, with_ones
 
 EXACT_WIDTH = 1024
 _OVERSAMPLING = 16
@@ -46,7 +46,7 @@ def principal_components(features: FeatureTable, dim: int, seed: int = 0) -> Ten
     loadings = loadings.copy()
     peak = np.abs(loadings).argmax(axis=0)
     loadings[:, loadings[peak, np.arange(dim)] < 0] *= -1
-    scores = [block.double().numpy() @ loadings - mean @ loadings for block in features.blocks()]
+    scores = [b.numpy() @ loadings - mean @ loadings for b in features.blocks(dtype=torch.float64)]
     return torch.from_numpy(np.concatenate(scores)).float()
 
 
@@ -54,8 +54,8 @@ def _centred_product(features: FeatureTable, right: np.ndarray, mean: np.ndarray
     """``(X - mean)^T (X - mean) right``, streamed over items in float64."""
     total = np.zeros((features.width, right.shape[1]))
     exact = right.shape[0] == right.shape[1]
-    for block in features.blocks():
-        centred = block.double().numpy() - mean
+    for block in features.blocks(dtype=torch.float64):
+        centred = block.numpy() - mean
         total += centred.T @ centred if exact else centred.T @ (centred @ right)
     return total
 
@@ -80,7 +80,7 @@ def prompt_basis(features: Sequence[FeatureTable], dim: int, seed: int = 0) -> T
 
 
 class Prompt(nn.Module):
-    """``p = H W_P + b_P``: a linear layer over the constant ``H``; trained in both stages.
+    """``p = H W_P + b_P = [H 1] V``: a linear layer over the constant ``H``; trained in both stages.
 
     Args:
         basis: ``H``, ``[I, d]``.
@@ -93,10 +93,19 @@ class Prompt(nn.Module):
     def __init__(self, basis: Tensor, generator: torch.Generator | None = None) -> None:
         super().__init__()
         dim = basis.shape[1]
-        self.register_buffer("basis", basis, persistent=False)
+        self.register_buffer("design", with_ones(basis), persistent=False)  # [H 1], [I, d+1]
         self.weight = nn.Parameter(torch.empty(dim, dim, dtype=basis.dtype))
         self.bias = nn.Parameter(torch.zeros(dim, dtype=basis.dtype))
         nn.init.xavier_uniform_(self.weight, generator=generator)
 
+    @property
+    def basis(self) -> Tensor:
+        """``H``, ``[I, d]``."""
+        return self.design[:, :-1]
+
+    def stacked(self) -> Tensor:
+        """``V = [W_P; b_P^T]``, ``[d+1, d]``: whatever is linear in ``p`` is linear in it."""
+        return torch.cat([self.weight, self.bias[None]])
+
     def forward(self) -> Tensor:
-        return torch.addmm(self.bias, self.basis, self.weight)
+        return self.design @ self.stacked()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mmkd import ops
 from mmkd.graph import BipartiteGraph
-from mmkd.models.features import FeatureTable
+from mmkd.models.features import FeatureTable, project_raw
 from mmkd.models.lightgcn import initial_table, rounded
 from mmkd.models.prompt import Prompt
 
@@ -25,13 +25,11 @@ class TeacherOutput:
         joint: ``E^T``, ``[N, d]`` (or the asked rows).
         users: ``F_u^m``, ``[M, U, d]`` (or the asked users).
         items: ``F_i^m``, ``[M, I, d]`` (or the asked items).
-        prompt: ``p``, ``[I, d]``; empty where it was not computed.
     """
 
     joint: Tensor
     users: Tensor
     items: Tensor
-    prompt: Tensor | None = None
 
 
 def row_normalize(x: Tensor) -> Tensor:
@@ -55,35 +53,29 @@ def spread(graph: BipartiteGraph, features: Tensor, layers: int) -> tuple[Tensor
     return users, items
 
 
-def prompt_row_scale(prompt: Tensor, reduced: Tensor, eps: float = NORM_EPS) -> Tensor:
-    """``1 / max(||p_i (p^T X)||, eps)`` for every item without building ``p^m``.
+def prompt_row_scale(design: Tensor, stacked: Tensor, gram: Tensor, eps: float = NORM_EPS) -> Tensor:
+    """``1 / max(||p_i (p^T X)||, eps)`` for every item, from constants of width ``d+1``; nothing is ``d_m`` wide.
 
-    ``||p_i G||^2 = p_i (G G^T) p_i^T`` with ``G = p^T X``.
+    With ``p = D V``, ``D = [H 1]`` and ``Q = (D^T X)(D^T X)^T``: ``||p_i p^T X||^2 = D_i (V V^T Q V V^T) D_i^T``.
 
     Args:
-        prompt: ``p``, ``[I, d]``.
-        reduced: ``p^T X``, ``[d, d_m]``.
+        design: ``D``, ``[I, d+1]``.
+        stacked: ``V``, ``[d+1, d]``.
+        gram: ``Q``, ``[d+1, d+1]``.
 
     Returns:
         ``[I, 1]``.
     """
-    square = ((prompt @ (reduced @ reduced.T)) * prompt).sum(-1, keepdim=True)
+    both = stacked @ stacked.T
+    square = ((design @ (both @ gram @ both)) * design).sum(-1, keepdim=True)
     return square.clamp_min(eps * eps).rsqrt()
 
 
-def prompt_term(prompt: Tensor, projected: Tensor, norm: str, reduced: Tensor | None) -> Tensor:
-    """``p^m W = c p (p^T (X W))``, ``[I, d]``, from ``projected = X W``; ``p p^T`` and ``p^m`` are never built.
-
-    Args:
-        prompt: ``p``, ``[I, d]``.
-        projected: ``X W``, ``[I, d]``.
-        norm: ``"mean"`` (``c = 1/I``) or ``"row"`` (unit rows of ``p^m``).
-        reduced: ``p^T X``, ``[d, d_m]``, needed for ``"row"``.
-    """
-    mixed = prompt.T @ projected  # [d, d]
-    if norm == "mean":
-        return prompt @ (mixed / prompt.shape[0])
-    return (prompt * prompt_row_scale(prompt, reduced)) @ mixed
+def prompt_parts(design: Tensor, stacked: Tensor, mixed: list[Tensor], grams: list[Tensor]) -> Tensor:
+    """``p^m W^m`` with rows of ``p^m`` at unit length, modalities side by side: ``[I, M d]``."""
+    both = stacked @ stacked.T
+    scaled = (design * prompt_row_scale(design, stacked, gram) for gram in grams)
+    return torch.cat([rows @ (both @ part) for rows, part in zip(scaled, mixed, strict=True)], 1)
 
 
 class Teacher(nn.Module):
@@ -141,17 +133,51 @@ class Teacher(nn.Module):
             for table in features
         )
         self.biases = nn.ParameterList(torch.zeros(dim, dtype=dtype) for _ in features)
+        self.register_buffer("user_design", None, persistent=False)
+        self._constants()
 
-    def project(self, prompt: Tensor) -> Tensor:
-        """``f^m`` before dropout, modalities side by side: ``[I, M d]``."""
-        columns = []
-        for table, weight, bias in zip(self.features, self.weights, self.biases, strict=True):
-            projected = table.project(weight)
-            if self.strength:
-                reduced = table.values.T.matmul(prompt).T if self.norm == "row" else None
-                projected = projected + self.strength * prompt_term(prompt, projected, self.norm, reduced)
-            columns.append(projected + bias)
-        return torch.cat(columns, dim=1)
+    def _constants(self) -> None:
+        """``B^m = [H 1]^T X^m`` of every modality, and for ``norm="row"`` ``Q^m = B^m B^m^T``."""
+        design = self.prompt.design
+        for m, table in enumerate(self.features):
+            moments = table.moments(design)  # [d+1, d_m] float64
+            self.register_buffer(f"moments{m}", moments.to(design), persistent=False)
+            if self.norm == "row":
+                self.register_buffer(f"gram{m}", (moments @ moments.T).to(design), persistent=False)
+
+    def mixed(self) -> list[Tensor]:
+        """``[H 1]^T X^m W^m``, ``[d+1, d]`` for every modality."""
+        return [getattr(self, f"moments{m}") @ weight for m, weight in enumerate(self.weights)]
+
+    def grams(self) -> list[Tensor]:
+        """``Q^m`` of :func:`prompt_row_scale`; empty for ``norm="mean"``."""
+        return [getattr(self, f"gram{m}") for m in range(len(self.features))] if self.norm == "row" else []
+
+    def project(self, prompt: bool = True) -> Tensor:
+        """``f^m`` before dropout, modalities side by side: ``[I, M d]``; without the prompt's term on demand.
+
+        ``p p^T X W = D (V V^T (D^T X) W)`` with constants ``D = [H 1]`` and ``D^T X``: beside ``X W`` there is one more
+        product over items, ``d+1`` wide, and the bias is its last row.
+        """
+        product, shift = project_raw(self.features, self.weights)  # [I, M d], [M d]
+        bias = torch.cat(list(self.biases))
+        bias = bias if shift is None else bias + shift
+        if not (prompt and self.strength):
+            return product + bias
+        design, stacked = self.prompt.design, self.prompt.stacked()
+        if self.norm == "row":
+            added = prompt_parts(design, stacked, self.mixed(), self.grams())
+            return product + self.strength * added + bias
+        added = stacked @ (stacked.T @ torch.cat(self.mixed(), 1)) * (self.strength / design.shape[0])
+        return torch.addmm(product, design, torch.cat([added[:-1], (added[-1] + bias)[None]]))
+
+    def prompt_tables(self, rows: Tensor, num_users: int) -> tuple[Tensor, Tensor]:
+        """``R_hat p`` at the users and ``p`` at the items of node ids `rows` (users first, `num_users` of them)."""
+        if self.user_design is None:
+            self.user_design = self.graph.users_from_items(self.prompt.design)  # [U, d+1], a constant
+        stacked = self.prompt.stacked()
+        users, items = rows[:num_users], rows[num_users:] - self.graph.num_users
+        return self.user_design.index_select(0, users) @ stacked, self.prompt.design.index_select(0, items) @ stacked
 
     def id_embeddings(self, rows: Tensor | None = None) -> Tensor:
         """``propagate(id)``, the part of ``E^T`` without features."""
@@ -167,8 +193,7 @@ class Teacher(nn.Module):
             num_users: how many of ``rows`` are users.
             mask: ``[I, M d]`` dropout mask, already divided by the keep probability.
         """
-        prompt = self.prompt()
-        features = self.project(prompt)
+        features = self.project()
         if mask is not None:
             features = features * mask
         users, items = spread(self.graph, rounded(features, self.compute), self.feature_layers)
@@ -177,7 +202,7 @@ class Teacher(nn.Module):
             items = items.index_select(0, rows[num_users:] - self.graph.num_users)
         own = self.table.dtype
         joint, users, items = self.id_embeddings(rows).to(own), users.to(own), items.to(own)
-        return combine(joint, users, items, self.feature_weight, len(self.features), prompt)
+        return combine(joint, users, items, self.feature_weight, len(self.features))
 
     def tables(self) -> tuple[Tensor, Tensor]:
         """``E^T`` of users ``[U, d]`` and items ``[I, d]``, without dropout or gradient."""
@@ -192,10 +217,9 @@ def combine(
     items: Tensor,
     feature_weight: float,
     modalities: int,
-    prompt: Tensor | None = None,
 ) -> TeacherOutput:
     """``E^T = joint + omega sum_m rownorm(F^m)`` from ``[n_u, M d]`` and ``[n_i, M d]`` feature tables."""
     users = torch.stack(users.chunk(modalities, dim=1))  # [M, n_u, d]
     items = torch.stack(items.chunk(modalities, dim=1))
     shared = torch.cat((row_normalize(users).sum(0), row_normalize(items).sum(0)))
-    return TeacherOutput(joint + feature_weight * shared, users, items, prompt)
+    return TeacherOutput(joint + feature_weight * shared, users, items)

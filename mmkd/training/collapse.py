@@ -1,7 +1,7 @@
 """The frozen teacher as a function of W_P and b_P alone (spec section 3).
 
-With X, W, b and the id table frozen and dropout off, everything ``d_m`` wide and every SpMM of the teacher is a
-constant. What is left costs ``O(|rows| d^2)`` a step (``norm="mean"``), plus d-wide SpMMs for ``norm="row"``.
+With X, W, b and the id table frozen and dropout off, everything ``d_m`` wide and, for ``norm="mean"``, every SpMM of the
+teacher is a constant. What is left costs one product ``[rows, d+1] x [d+1, M d]`` a step.
 """
 
 from __future__ import annotations
@@ -9,26 +9,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mmkd import ops
 from mmkd.graph import BipartiteGraph
 from mmkd.models.prompt import Prompt
-from mmkd.models.teacher import Teacher, TeacherOutput, combine, prompt_row_scale, spread
+from mmkd.models.teacher import Teacher, TeacherOutput, prompt_parts, row_normalize, spread
 
 
 class FrozenTeacher(nn.Module):
     """A trained teacher whose only parameters are the prompt's; equal to it to rounding, in values and gradients.
 
-    ``T^m = W_P^T S^m + b_P s^m^T``, ``F[rows] = C^m[rows] + lambda_1 c (K[rows] W_P + o[rows] b_P^T) T^m`` with
-    ``C = spread(X W + 1 b^T)``, ``K = spread(H)``, ``o = spread(1)``, ``S^m = H^T X^m W^m``, ``s^m = (X^m W^m)^T 1``.
-    For ``norm="row"`` the rows of ``p`` are first scaled by ``1 / ||p_i (p^T X^m)||`` and spread over the graph anew.
+    With ``V = [W_P; b_P^T]`` and ``S^m = [H 1]^T X^m W^m``, at any node ``F^m = C^m + lambda_1 c K (V V^T S^m)`` with the
+    constants ``C = spread(X W + 1 b^T)`` and ``K = spread([H 1])``.
+
+    For ``norm="row"`` the rows of ``p^m`` are scaled by ``1 / ||p_i (p^T X^m)||``, a function of the prompt that differs
+    from item to item, so ``spread`` no longer commutes with it: that mode keeps one SpMM ``M d`` wide over the graph and,
+    for the asked items, a second one (the two-hop matrix that would replace both has 23 times the interactions at Netflix size). It
+    stays free of anything ``d_m`` wide.
 
     The features are read once, block by block, and may be released afterwards. The prompt module is shared with the
     teacher it was built from: training one changes the other.
 
     Args:
         teacher: trained; its parameters other than the prompt's are read, never changed.
+        learn_prompt: False folds the prompt as it stands into the constants; then a step only gathers, in both norms.
     """
 
-    def __init__(self, teacher: Teacher) -> None:
+    def __init__(self, teacher: Teacher, learn_prompt: bool = True) -> None:
         super().__init__()
         self.graph: BipartiteGraph = teacher.graph
         self.prompt: Prompt = teacher.prompt
@@ -36,79 +42,87 @@ class FrozenTeacher(nn.Module):
         self.feature_layers, self.feature_weight = teacher.feature_layers, teacher.feature_weight
         self.strength, self.norm = teacher.strength, teacher.norm
         with torch.no_grad():
-            self._build(teacher)
+            self._constant("joint", teacher.id_embeddings())  # [N, d]
+            if learn_prompt and self.strength:
+                self._build(teacher)
+            else:
+                self._constant("content", self._everywhere(teacher.project()))
+                self.strength = 0.0
 
     def _constant(self, name: str, value: Tensor) -> None:
         self.register_buffer(name, value, persistent=False)
 
     def _build(self, teacher: Teacher) -> None:
-        basis = self.prompt.basis
-        projected, mixed, sums, reduced, totals = [], [], [], [], []
-        for table, weight in zip(teacher.features, teacher.weights, strict=True):
-            product = table.project(weight)  # [I, d]
-            projected.append(product)
-            mixed.append(_accurate_product(basis, product))
-            sums.append(product.sum(0, dtype=torch.float64).to(product.dtype))
-            if self.norm == "row":
-                reduced.append(_accurate_product(basis, table.values))
-                totals.append(torch.as_tensor(table.column_sum()).to(basis))
-        users, items = self._spread(torch.cat(projected, 1) + torch.cat(list(teacher.biases)))
-        self._constant("user_features", users)  # C_u, [U, M d]
-        self._constant("item_features", items)
-        self._constant("mixed", torch.cat(mixed, 1))  # S, [d, M d]
-        self._constant("sums", torch.cat(sums))  # s, [M d]
-        self._constant("joint", teacher.id_embeddings())  # [N, d]
-        self.reduced, self.totals = reduced, totals
+        self._constant("mixed", torch.stack(teacher.mixed()))  # S, [M, d+1, d]
+        self._constant("content", self._everywhere(teacher.project(prompt=False)))  # C, [M, N, d]
         if self.norm == "mean":
-            users, items = self._spread(basis)
-            self._constant("user_basis", users)  # K_u, [U, d]
-            self._constant("item_basis", items)
-            users, items = self._spread(torch.ones_like(basis[:, :1]))
-            self._constant("user_ones", users)  # o_u, [U, 1]
-            self._constant("item_ones", items)
+            users, items = spread(self.graph, self.prompt.design, self.feature_layers)
+            self._constant("design", torch.cat([users, items]))  # K, [N, d+1]
+        else:
+            self._constant("grams", torch.stack(teacher.grams()))  # [M, d+1, d+1]
 
-    def _spread(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        return spread(self.graph, features, self.feature_layers)
+    def _everywhere(self, features: Tensor) -> Tensor:
+        """``spread`` of ``[I, M d]`` at all nodes, ``[M, N, d]``."""
+        users, items = spread(self.graph, features, self.feature_layers)
+        return torch.cat([self._by_modality(users), self._by_modality(items)], 1)
 
-    def _prompt_parts(self, users: Tensor, items: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """``spread(c p)`` at the asked users and items, one per modality (the same one for ``norm="mean"``)."""
-        weight, bias = self.prompt.weight, self.prompt.bias
+    def _by_modality(self, x: Tensor) -> Tensor:
+        return torch.stack(x.chunk(self.modalities, 1))
+
+    def state(self) -> Tensor | None:
+        """What one step needs of the prompt, computed once and handed to :func:`at` and :func:`logits`.
+
+        ``norm="mean"``: ``lambda_1 c V V^T S``, ``[M, d+1, d]``. ``norm="row"``: ``F`` at all nodes, ``[M, N, d]``. None
+        where the prompt is part of the constants.
+        """
+        if not self.strength:
+            return None
+        stacked = self.prompt.stacked()
         if self.norm == "mean":
-            scale = 1.0 / max(self.graph.num_items, 1)
-            of_users = scale * (self.user_basis[users] @ weight + self.user_ones[users] * bias)
-            of_items = scale * (self.item_basis[items] @ weight + self.item_ones[items] * bias)
-            return [of_users] * self.modalities, [of_items] * self.modalities
-        prompt = self.prompt()
-        scaled = []
-        for reduced, total in zip(self.reduced, self.totals, strict=True):
-            product = weight.T @ reduced + bias[:, None] * total  # p^T X, [d, d_m]
-            scaled.append(prompt * prompt_row_scale(prompt, product))
-        all_users, all_items = self._spread(torch.cat(scaled, 1))
-        return (
-            list(all_users.index_select(0, users).chunk(self.modalities, 1)),
-            list(all_items.index_select(0, items).chunk(self.modalities, 1)),
-        )
+            return (self.strength / max(self.graph.num_items, 1)) * ((stacked @ stacked.T) @ self.mixed)
+        parts = prompt_parts(self.prompt.design, stacked, list(self.mixed), list(self.grams))  # [I, M d]
+        return self.content + self.strength * self._everywhere(parts)
+
+    def at(self, nodes: Tensor | slice, state: Tensor | None) -> Tensor:
+        """``F^m`` at node ids ``[n]`` or a range of them, ``[M, n, d]``."""
+        if self.norm == "row" and state is not None:
+            return _pick(state, 1, nodes)
+        constant = _pick(self.content, 1, nodes)
+        if state is None:
+            return constant
+        return torch.baddbmm(constant, _pick(self.design, 0, nodes).expand(self.modalities, -1, -1), state)
+
+    def logits(self, heads: Tensor, candidates: Tensor, state: Tensor | None) -> Tensor:
+        """``F_u^m . F_i^m``, ``[M, B, K]``, of users given by ``F_u^m`` ``[M, B, d]`` and item ids ``[B, K]``.
+
+        With ``F_i = C_i + K_i Z`` the score is ``F_u . C_i + (F_u Z^T) . K_i``: over constants of the items, so neither
+        their rows of ``F`` nor gradients of these exist.
+        """
+        own, first = torch.arange(heads.shape[1], device=heads.device), self.graph.num_users
+        tables = self.content if self.norm == "mean" or state is None else state
+        scores = [
+            ops.list_scores(head, table[first:], own, candidates)
+            for head, table in zip(heads.unbind(), tables.unbind(), strict=True)
+        ]
+        if self.norm == "mean" and state is not None:
+            through = torch.bmm(heads, state.mT)  # [M, B, d+1]
+            added = [ops.list_scores(part, self.design[first:], own, candidates) for part in through.unbind()]
+            scores = [score + more for score, more in zip(scores, added, strict=True)]
+        return torch.stack(scores)
+
+    def combine(self, nodes: Tensor, features: Tensor) -> Tensor:
+        """``E^T`` at node ids ``[n]`` from ``F^m`` at them: ``[n, d]`` from ``[M, n, d]``."""
+        return self.joint.index_select(0, nodes) + self.feature_weight * row_normalize(features).sum(0)
 
     def forward(self, rows: Tensor | None = None, num_users: int | None = None) -> TeacherOutput:
         """Teacher outputs at node ids ``rows`` (users first, ``num_users`` of them), or at all nodes."""
         if rows is None:
-            rows = torch.arange(self.graph.num_nodes, device=self.joint.device)
-            num_users = self.graph.num_users
-        users, items = rows[:num_users], rows[num_users:] - self.graph.num_users
-        of_users, of_items = self.user_features[users], self.item_features[items]
-        if self.strength:
-            transfer = self.prompt.weight.T @ self.mixed + self.prompt.bias[:, None] * self.sums  # [d, M d]
-            parts = self._prompt_parts(users, items)
-            blocks = transfer.chunk(self.modalities, 1)
-            added = [torch.cat([p @ t for p, t in zip(part, blocks, strict=True)], 1) for part in parts]
-            of_users = of_users + self.strength * added[0]
-            of_items = of_items + self.strength * added[1]
-        return combine(self.joint[rows], of_users, of_items, self.feature_weight, self.modalities)
+            rows, num_users = torch.arange(self.graph.num_nodes, device=self.joint.device), self.graph.num_users
+        features = self.at(rows, self.state())
+        return TeacherOutput(self.combine(rows, features), features[:, :num_users], features[:, num_users:])
 
 
-def _accurate_product(left: Tensor, right: Tensor, rows: int = 4096) -> Tensor:
-    """``left^T right`` summed over blocks of items in float64, in the dtype of ``left``."""
-    total = torch.zeros(left.shape[1], right.shape[1], dtype=torch.float64, device=left.device)
-    for a, b in zip(left.split(rows), right.split(rows), strict=True):
-        total += a.double().T @ b.double()
-    return total.to(left.dtype)
+def _pick(table: Tensor, dim: int, rows: Tensor | slice) -> Tensor:
+    if isinstance(rows, Tensor):
+        return table.index_select(dim, rows)
+    return table.narrow(dim, rows.start, rows.stop - rows.start)

@@ -23,7 +23,7 @@ from mmkd.files import append_line, make_folder, sweep, write_atomic, write_json
 from mmkd.training.loggers import Logger, Loggers
 
 # Settings that may differ between a run and its resumption without changing a single number.
-FREE_SETTINGS = ("progress", "threads", "device", "log")
+FREE_SETTINGS = ("progress", "threads", "device", "log", "profile", "teacher.feature_memory")
 
 
 class RunError(ValueError):

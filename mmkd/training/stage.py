@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -23,6 +26,7 @@ from mmkd.training.checkpoint import (
     training_tensors,
 )
 from mmkd.training.finite import first_bad, origin
+from mmkd.training.profile import StepProfiler
 from mmkd.training.run_folder import RunFolder
 from mmkd.training.stop import RunStopped, Stop
 
@@ -30,6 +34,8 @@ from mmkd.training.stop import RunStopped, Stop
 _START = {
     "epoch": 0, "step": 0, "best_epoch": 0, "best_metric": None, "bad": 0, "seconds": 0.0, "finished": False,
 }  # fmt: skip
+
+T = TypeVar("T")
 
 
 class TrainingError(RuntimeError):
@@ -44,13 +50,17 @@ class NodeBatch:
         rows: int64 `[n]`, node ids, ascending: `num_users` users, then items.
         users: int64 `[B]`, positions among the users of `rows`.
         candidates: int64 `[B, K]`, positions among the items of `rows`; column 0 the observed item, 1 BPR's negative.
-        counts: `[n]`, how often each row stands in (user, observed, BPR's negative): the weights of the L2 term.
+        extra: int64, positions in `rows` of the further nodes asked for, in their order.
+        touched, counts: node ids that stand in (user, observed, BPR's negative), and how often: the rows and weights of
+            the L2 term.
     """
 
     rows: Tensor
     num_users: int
     users: Tensor
     candidates: Tensor
+    extra: Tensor
+    touched: Tensor
     counts: Tensor
 
     @property
@@ -61,23 +71,40 @@ class NodeBatch:
     def neg(self) -> Tensor:
         return self.candidates[:, 1]
 
+    def to(self, device: torch.device) -> NodeBatch:
+        """The same batch on `device`."""
+        if device.type == "cpu":
+            return self
+        moved = {name: t.to(device, non_blocking=True) for name, t in vars(self).items() if isinstance(t, Tensor)}
+        return NodeBatch(num_users=self.num_users, **moved)
+
 
 def node_batch(
     users: Tensor, candidates: Tensor, num_users: int, extra: Tensor | None = None, device: torch.device | str = "cpu"
 ) -> NodeBatch:
-    """Maps global user and item ids to the compact table of the nodes involved; `extra` adds further node ids.
+    """Maps global user and item ids (on the CPU) to the compact table of the nodes involved; `extra` adds node ids.
 
     Worked out where the ids are (on the CPU, so that no step waits for a GPU), then moved to `device`.
     """
-    batch, width = candidates.shape
-    ids = [users, (candidates + num_users).flatten()] + ([] if extra is None else [extra])
-    rows, where = torch.cat(ids).unique(return_inverse=True)
-    first_item = int(torch.searchsorted(rows, num_users))
-    local = where[batch : batch + batch * width].view(batch, width)
-    touched = torch.cat([where[:batch], local[:, :2].flatten()])
-    counts = torch.bincount(touched, minlength=rows.numel()).float()
-    moved = [t.to(device, non_blocking=True) for t in (rows, where[:batch], local - first_item, counts)]
-    return NodeBatch(moved[0], first_item, *moved[1:])
+    batch = len(users)
+    user_ids, item_ids = users.numpy(), candidates.numpy().ravel() + num_users
+    further = np.empty(0, np.int64) if extra is None else extra.numpy()
+    ids = np.concatenate([user_ids, item_ids, further])
+    position = np.zeros(int(ids.max(initial=-1)) + 1, np.int64)  # a flag per node, then its place among the flagged
+    position[ids] = 1
+    rows = np.flatnonzero(position)
+    position[rows] = np.arange(len(rows))
+    first_item = int(np.searchsorted(rows, num_users))
+    where = position[ids]
+    local = where[batch : batch + item_ids.size].reshape(candidates.shape)
+    counts = np.bincount(np.concatenate([where[:batch], local[:, :2].ravel()]), minlength=len(rows))
+    touched = np.flatnonzero(counts)
+    nodes = NodeBatch(
+        *(torch.from_numpy(rows), first_item, torch.from_numpy(where[:batch]), torch.from_numpy(local - first_item)),
+        torch.from_numpy(where[batch + item_ids.size :]),
+        torch.from_numpy(rows[touched]), torch.from_numpy(counts[touched]),
+    )  # fmt: skip
+    return nodes.to(torch.device(device))
 
 
 def add_l2(table: nn.Parameter, batch: NodeBatch, weight: float) -> Tensor:
@@ -85,10 +112,35 @@ def add_l2(table: nn.Parameter, batch: NodeBatch, weight: float) -> Tensor:
     rows of `table.grad`, so that no dense `[N, d]` gradient is made for it. Call after backward; returns the value."""
     with torch.no_grad():
         share = (weight / batch.users.numel()) * batch.counts.to(table.dtype)
-        rows = table[batch.rows]
+        rows = table.index_select(0, batch.touched)
+        scaled = share[:, None] * rows
         if weight:
-            table.grad.index_add_(0, batch.rows, share[:, None] * rows)
-        return 0.5 * (share * rows.square().sum(1)).sum()
+            table.grad.index_add_(0, batch.touched, scaled)
+        return 0.5 * (scaled * rows).sum()
+
+
+class Ahead(Generic[T]):
+    """What a step needs that does not depend on the weights, made one step ahead in a background thread.
+
+    `make(epoch, step)` must be a pure function of its arguments: then the thread changes the time and nothing else, and
+    a resumed run needs no state of it. Only plain indexing belongs there; torch's own thread pool is the step's.
+
+    Args:
+        make: `(epoch, step) -> T`.
+        steps: per epoch; after the last comes the first of the next epoch.
+    """
+
+    def __init__(self, make: Callable[[int, int], T], steps: int) -> None:
+        self._make, self._steps = make, steps
+        self._pool = ThreadPoolExecutor(1, "mmkd-ahead")
+        self._next: tuple[tuple[int, int], Future[T]] | None = None
+
+    def __call__(self, epoch: int, step: int) -> T:
+        ready = self._next
+        value = ready[1].result() if ready and ready[0] == (epoch, step) else self._make(epoch, step)
+        following = (epoch, step + 1) if step + 1 < self._steps else (epoch + 1, 0)
+        self._next = (following, self._pool.submit(self._make, *following))
+        return value
 
 
 class Task(Protocol):
@@ -141,6 +193,7 @@ class Stage:
         self.validate = dataset.val is not None and dataset.val.nnz > 0
         # Reading a loss from a GPU waits for it, so there it is done for 16 steps at a time.
         self.look_every = 1 if next(task.model.parameters()).device.type == "cpu" else 16
+        self._unprofiled = True
         if not self.validate and config.evaluation.select == "best":
             raise TrainingError(
                 f"data set {dataset.name!r} has no validation part to choose weights by; load it with a split that makes "
@@ -236,26 +289,33 @@ class Stage:
 
     def _epoch(self, optimizer, state: dict, sums: dict[str, Tensor], bar) -> dict[str, float]:
         epoch, unseen = state["epoch"], []
-        for step in range(state["step"], self.steps):
-            optimizer.zero_grad(set_to_none=True)
-            terms = self.task.step(epoch, step)
-            unseen.append((step, terms))
-            last = step == self.steps - 1 or self.stop.requested
-            if len(unseen) == self.look_every or last:
-                self._check_finite(epoch, unseen, optimizer)
-                unseen = []
-            optimizer.step()
-            for name, value in terms.items():
-                sums[name] = sums[name] + value if name in sums else value.clone()
-            state["step"] = step + 1
-            bar.update()
-            if last and self.stop.requested:
-                raise RunStopped(
-                    f"stopped in stage {self.task.name}, epoch {epoch + 1}, after step {step + 1} of {self.steps}; saved. "
-                    f"Go on with: mmkd train --resume --out {self.folder.path}"
-                )
+        with self._profiler() as profiler:
+            for step in range(state["step"], self.steps):
+                optimizer.zero_grad(set_to_none=True)
+                terms = self.task.step(epoch, step)
+                unseen.append((step, terms))
+                last = step == self.steps - 1 or self.stop.requested
+                if len(unseen) == self.look_every or last:
+                    self._check_finite(epoch, unseen, optimizer)
+                    unseen = []
+                optimizer.step()
+                for name, value in terms.items():
+                    sums[name] = sums[name] + value if name in sums else value.clone()
+                state["step"] = step + 1
+                bar.update()
+                profiler.step()
+                if last and self.stop.requested:
+                    raise RunStopped(
+                        f"stopped in stage {self.task.name}, epoch {epoch + 1}, after step {step + 1} of {self.steps}; saved. "
+                        f"Go on with: mmkd train --resume --out {self.folder.path}"
+                    )
         means = {name: float(value) / self.steps for name, value in sums.items()}
         return {"loss": sum(means.values()), **means}
+
+    def _profiler(self) -> StepProfiler:
+        """The profiler of this stage's first epoch here, if one is asked for."""
+        wanted, self._unprofiled = self.config.profile * self._unprofiled, False
+        return StepProfiler(self.task.name, wanted, self.folder.path / f"profile-{self.task.name}.md")
 
     def _check_finite(self, epoch: int, steps: list[tuple[int, dict[str, Tensor]]], optimizer) -> None:
         for step, terms in steps:
@@ -313,7 +373,5 @@ def batches(dataset: Dataset, settings: StageConfig, negatives: int, seed: int) 
 
 
 def to_tensors(batch) -> tuple[Tensor, Tensor]:
-    """A sampled batch as users `[B]` and candidates `[B, K]` (observed item first)."""
-    users = torch.from_numpy(batch.users)
-    candidates = torch.cat([torch.from_numpy(batch.pos)[:, None], torch.from_numpy(batch.neg)], dim=1)
-    return users, candidates
+    """A sampled batch as users `[B]` and candidates `[B, K]` (observed item first), on the CPU."""
+    return torch.from_numpy(batch.users), torch.from_numpy(np.concatenate([batch.pos[:, None], batch.neg], 1))

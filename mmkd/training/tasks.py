@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,7 +15,7 @@ from mmkd.graph import BipartiteGraph
 from mmkd.models.lightgcn import LightGCN
 from mmkd.models.teacher import Teacher
 from mmkd.training.collapse import FrozenTeacher
-from mmkd.training.stage import NodeBatch, add_l2, batches, node_batch, seeded, to_tensors
+from mmkd.training.stage import Ahead, NodeBatch, add_l2, batches, node_batch, seeded, to_tensors
 
 
 def _adamw(groups: list[dict], lr: float) -> torch.optim.Optimizer:
@@ -32,13 +35,16 @@ class LightGCNTask:
     ) -> None:  # fmt: skip
         self.name, self.model, self.settings, self.graph = name, model, settings, graph
         self.sampler = batches(dataset, settings, 1, seed)
+        self.batch = Ahead(self._batch, self.sampler.num_steps)
+
+    def _batch(self, epoch: int, step: int) -> NodeBatch:
+        return node_batch(*to_tensors(self.sampler.batch(epoch, step)), self.graph.num_users)
 
     def optimizer(self) -> torch.optim.Optimizer:
         return _adamw([{"params": [self.model.table]}], self.settings.lr)
 
     def step(self, epoch: int, step: int) -> dict[str, Tensor]:
-        sampled = to_tensors(self.sampler.batch(epoch, step))
-        batch = node_batch(*sampled, self.graph.num_users, device=self.graph.device)
+        batch = self.batch(epoch, step).to(self.graph.device)
         users, items = _split(self.model(batch.rows), batch)
         bpr = ops.bpr_loss(users, items, batch.users, batch.pos, batch.neg)
         bpr.backward()
@@ -56,6 +62,7 @@ class TeacherTask:
     def __init__(self, model: Teacher, config: Config, dataset: Dataset, graph: BipartiteGraph) -> None:
         self.model, self.config, self.settings, self.graph = model, config, config.teacher, graph
         self.sampler = batches(dataset, config.teacher, 1, config.seed)
+        self.batch = Ahead(self._batch, self.sampler.num_steps)
 
     def optimizer(self) -> torch.optim.Optimizer:
         dense = [*self.model.weights, *self.model.biases, *self.model.prompt.parameters()]
@@ -64,8 +71,12 @@ class TeacherTask:
             self.settings.lr,
         )
 
+    def _batch(self, epoch: int, step: int) -> tuple[NodeBatch, Tensor | None]:
+        batch = node_batch(*to_tensors(self.sampler.batch(epoch, step)), self.graph.num_users)
+        return batch, self._mask(epoch, step)
+
     def _mask(self, epoch: int, step: int) -> Tensor | None:
-        # One random byte per entry, eight from a draw: the probability is a multiple of 1/256, the scale matches it.
+        """`[I, M d]`, 0 or 1 / (1 - p): one random byte per entry, so `p` is a multiple of 1/256."""
         dropped = round(self.settings.dropout * 256)
         if dropped == 0:
             return None
@@ -73,21 +84,23 @@ class TeacherTask:
         count = shape[0] * shape[1]
         generator = seeded(self.config.seed, epoch, step, tag=1)
         words = torch.randint(-(2**63), 2**63 - 1, (-(-count // 8),), generator=generator)
-        kept = words.view(torch.uint8)[:count].to(self.graph.device).view(shape) >= dropped
-        return kept.float().mul_(256 / (256 - dropped))
+        drawn = words.view(torch.uint8)[:count]
+        if self.graph.device.type != "cpu":
+            return (drawn.to(self.graph.device).view(shape) >= dropped).float().mul_(256 / (256 - dropped))
+        scales = np.where(np.arange(256) >= dropped, 256 / (256 - dropped), 0.0).astype(np.float32)
+        return torch.from_numpy(scales[drawn.numpy()].reshape(shape))
 
     def step(self, epoch: int, step: int) -> dict[str, Tensor]:
-        sampled = to_tensors(self.sampler.batch(epoch, step))
-        batch = node_batch(*sampled, self.graph.num_users, device=self.graph.device)
-        out = self.model(batch.rows, batch.num_users, self._mask(epoch, step))
+        batch, mask = self.batch(epoch, step)
+        batch = batch.to(self.graph.device)
+        out = self.model(batch.rows, batch.num_users, None if mask is None else mask.to(self.graph.device))
         where = (batch.users, batch.pos, batch.neg)
         terms = {"bpr": ops.bpr_loss(*_split(out.joint, batch), *where)}
         if self.settings.modality_loss:
             heads = [ops.bpr_loss(u, i, *where) for u, i in zip(out.users, out.items, strict=True)]
             terms["modalities"] = self.settings.modality_loss * torch.stack(heads).sum()
         if self.settings.prompt_loss:
-            users = self.graph.users_from_items(out.prompt).index_select(0, batch.rows[: batch.num_users])
-            items = out.prompt.index_select(0, batch.rows[batch.num_users :] - self.graph.num_users)
+            users, items = self.model.prompt_tables(batch.rows, batch.num_users)
             terms["prompt"] = self.settings.prompt_loss * ops.bpr_loss(users, items, *where)
         torch.stack(list(terms.values())).sum().backward()
         terms = {name: value.detach() for name, value in terms.items()}
@@ -103,6 +116,25 @@ class _StudentParameters(torch.nn.Module):
     def __init__(self, student: LightGCN, prompt: torch.nn.Module) -> None:
         super().__init__()
         self.student, self.prompt = student, prompt
+
+
+@dataclass
+class StudentBatch:
+    """A batch of the student's stage.
+
+    Attributes:
+        nodes: the student's compact table.
+        candidates: int64 `[B, K]`, item ids.
+        asked: int64 `[3B (+ n)]`, node ids where the teacher is asked: users, observed items, BPR's negatives, EmbKD's sample.
+    """
+
+    nodes: NodeBatch
+    candidates: Tensor
+    asked: Tensor
+
+    def to(self, device: torch.device) -> StudentBatch:
+        """The same batch on `device`."""
+        return StudentBatch(self.nodes.to(device), self.candidates.to(device), self.asked.to(device))
 
 
 class StudentTask:
@@ -123,12 +155,21 @@ class StudentTask:
             parameter.requires_grad_(self.learn_prompt)
         negatives = self.distill.negatives if self.distill.list else 1
         self.sampler = batches(dataset, config.student, negatives, config.seed + 1)
+        self.batch = Ahead(self._batch, self.sampler.num_steps)
 
     def optimizer(self) -> torch.optim.Optimizer:
         groups = [{"params": [self.student.table]}]
         if self.learn_prompt:
             groups.append({"params": list(self.teacher.prompt.parameters()), "lr": self.config.prompt.lr})
         return _adamw(groups, self.settings.lr)
+
+    def _batch(self, epoch: int, step: int) -> StudentBatch:
+        users, candidates = to_tensors(self.sampler.batch(epoch, step))
+        nodes, extra = self.graph.num_users, self._emb_nodes(epoch, step)
+        asked = [users, candidates[:, 0] + nodes, candidates[:, 1] + nodes]
+        if extra is not None and self.distill.emb_sample is not None:
+            asked.append(extra)
+        return StudentBatch(node_batch(users, candidates, nodes, extra), candidates, torch.cat(asked))
 
     def _emb_nodes(self, epoch: int, step: int) -> Tensor | None:
         """Node ids EmbKD looks at: all, or a uniform sample with replacement (an unbiased estimate of the mean)."""
@@ -141,48 +182,52 @@ class StudentTask:
         return torch.randint(first, self.graph.num_nodes, (self.distill.emb_sample,), generator=generator)
 
     def step(self, epoch: int, step: int) -> dict[str, Tensor]:
-        sampled, nodes = to_tensors(self.sampler.batch(epoch, step)), self._emb_nodes(epoch, step)
-        batch = node_batch(*sampled, self.graph.num_users, nodes, device=self.graph.device)
-        table = self.student(batch.rows)
-        with torch.set_grad_enabled(self.learn_prompt):
-            frozen = self.teacher(batch.rows, batch.num_users)
-        terms = self._ranking(batch, table, frozen)
-        if nodes is not None:
-            terms["emb"] = self.distill.emb * self._emb(batch, nodes.to(batch.rows.device), table, frozen)
+        drawn = self.batch(epoch, step).to(self.graph.device)
+        batch = drawn.nodes
+        table = self.student(batch.rows)  # [n, d]
+        state = self.teacher.state()
+        heads = self.teacher.at(drawn.asked, state)  # [M, 3B (+ EmbKD's sample), d]
+        terms = self._ranking(drawn, table, heads, state)
+        if self.distill.emb:
+            terms["emb"] = self.distill.emb * self._emb(batch, table, heads, state)
         torch.stack(list(terms.values())).sum().backward()
         terms = {name: value.detach() for name, value in terms.items()}
         return {**terms, "l2": add_l2(self.student.table, batch, self.settings.l2)}
 
-    def _ranking(self, batch: NodeBatch, table: Tensor, frozen) -> dict[str, Tensor]:
-        d, (users, items) = self.distill, _split(table, batch)
+    def _ranking(self, drawn: StudentBatch, table: Tensor, heads: Tensor, state: Tensor | None) -> dict[str, Tensor]:
+        d, batch = self.distill, drawn.nodes
         where = (batch.users, batch.pos, batch.neg)
+        users, items = _split(table, batch)
         if d.pair:
-            scores = ops.list_scores(*_split(frozen.joint, batch), batch.users, batch.candidates[:, :2])
-            bpr, pair = ops.bpr_pair_kd_loss(
-                users, items, *where, scores[:, 0] - scores[:, 1], tau=d.pair_tau, kind=d.pair_kind
-            )
+            margin = self._teacher_margin(drawn, heads)
+            bpr, pair = ops.bpr_pair_kd_loss(users, items, *where, margin, tau=d.pair_tau, kind=d.pair_kind)
             terms = {"bpr": bpr, "pair": d.pair * pair}
         else:
             terms = {"bpr": ops.bpr_loss(users, items, *where)}
         if d.list:
-            logits = torch.stack(
-                [
-                    ops.list_scores(u, i, batch.users, batch.candidates)
-                    for u, i in zip(frozen.users, frozen.items, strict=True)
-                ]
-            )
+            logits = self.teacher.logits(heads[:, : len(batch.users)], drawn.candidates, state)
             terms["list"] = d.list * ops.list_kd_loss(
                 users, items, batch.users, batch.candidates, logits, alpha=d.list_alpha, beta=d.list_beta, tau=d.list_tau,
                 weight=d.list_weight, modality_weights=self.modality_weights,
             )  # fmt: skip
         return terms
 
-    def _emb(self, batch: NodeBatch, nodes: Tensor, table: Tensor, frozen) -> Tensor:
-        where = torch.searchsorted(batch.rows, nodes)
-        targets = torch.cat([frozen.users, frozen.items], dim=1).to(table.dtype)  # [M, n, d]
-        return ops.emb_kd_loss(
-            table.index_select(0, where), targets.index_select(1, where), gamma=self.distill.emb_gamma
-        )
+    def _teacher_margin(self, drawn: StudentBatch, heads: Tensor) -> Tensor:
+        """`E^T_u . (E^T_pos - E^T_neg)`, `[B]`; `E^T` exists only where it is asked for."""
+        count = 3 * len(drawn.candidates)
+        user, pos, neg = self.teacher.combine(drawn.asked[:count], heads[:, :count]).chunk(3)
+        return (user * (pos - neg)).sum(1)
+
+    def _emb(self, batch: NodeBatch, table: Tensor, heads: Tensor, state: Tensor | None) -> Tensor:
+        gamma, sampled = self.distill.emb_gamma, self.distill.emb_sample
+        if sampled is not None:
+            student, targets = table.index_select(0, batch.extra), heads[:, -sampled:]
+        else:  # every node of the kind, in order
+            every = self.distill.emb_nodes == "all"
+            student = table if every else table[batch.num_users :]
+            first = 0 if every else self.graph.num_users
+            targets = self.teacher.at(slice(first, self.graph.num_nodes), state)
+        return ops.emb_kd_loss(student, targets.to(table.dtype), gamma=gamma)
 
     def tables(self) -> tuple[Tensor, Tensor]:
         return self.student.tables()

@@ -159,7 +159,16 @@ class _Run:
     def _teacher(self) -> tuple[Teacher, float]:
         c, seed = self.config, self.config.seed
         start = time.perf_counter()
-        tables = [FeatureTable(name, x, c.teacher.features) for name, x in self.dataset.features.items()]
+        tables = [
+            FeatureTable(
+                name,
+                x,
+                c.teacher.features,
+                compute=c.teacher.feature_compute,
+                loaded=c.teacher.feature_memory == "loaded",
+            )
+            for name, x in self.dataset.features.items()
+        ]
         prompt = Prompt(prompt_basis(tables, c.dim, seed), seeded(seed, 0, 0, tag=4))
         teacher = Teacher(
             self.graph, [t.to(self.device) for t in tables], prompt, layers=c.teacher.layers,
@@ -194,7 +203,7 @@ class _Run:
 
     def _student(self, teacher: Teacher, heads: dict[str, float]) -> tuple[LightGCN, StageResult]:
         c = self.config
-        frozen = FrozenTeacher(teacher).to(self.device)
+        frozen = FrozenTeacher(teacher, learn_prompt=c.prompt.lr > 0).to(self.device)
         if c.student.init == "teacher":
             table = torch.cat(teacher.tables())
         else:

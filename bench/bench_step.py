@@ -1,0 +1,72 @@
+"""One training step, ours against the eager step of the same mathematics (COO and CSR): batch, forward, backward, AdamW.
+
+The eager twin is handed its batch; its teacher is recomputed in every step of the student's stage, so that the prompt
+learns as it does in ours. Closeness of losses and gradients is asserted first.
+"""
+
+from __future__ import annotations
+
+import pytest
+import steps
+import torch
+
+ROUNDS = 3
+OUR_STEPS = 8  # to an eager one: an eager step leaves cold caches and an allocator of gigabytes to what follows it
+STUDENT_TARGETS = {"tiktok": 25, "netflix": 40, "electronics": 120}
+
+
+def _eager_step(pair: steps.Pair, layout: str):
+    loss, leaves = pair.eager(layout)
+    optimizer = torch.optim.AdamW(leaves, lr=1e-4)
+    batches = iter([(0, s) for s in range(1000)])
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        loss(*next(batches)).backward()
+        optimizer.step()
+
+    return step
+
+
+def _our_steps(pair: steps.Pair, count: int = OUR_STEPS):
+    batches = iter([(0, s) for s in range(10_000)])
+
+    def run() -> None:
+        for _ in range(count):
+            pair.ours(*next(batches))
+            pair.optimizer.step()
+
+    return run
+
+
+@pytest.mark.parametrize("name", STUDENT_TARGETS)
+@pytest.mark.parametrize("emb", ["sampled", "all"])
+def bench_student_step(compare, name, emb):
+    pair = steps.student(name, emb_sample=1024 if emb == "sampled" else None)
+    steps.assert_close(pair)
+    rivals = {f"eager {layout}": _eager_step(pair, layout) for layout in ("csr", "coo")}
+    compare("student step", f"{name} L=2, EmbKD {emb}", _our_steps(pair), rivals,
+            targets={"eager csr": STUDENT_TARGETS[name]}, rounds=ROUNDS, warmup=1, repeats=OUR_STEPS)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STUDENT_TARGETS)
+def bench_teacher_step(compare, name):
+    pair = steps.teacher_step(name)
+    steps.assert_close(pair)
+    rivals = {f"eager {layout}": _eager_step(pair, layout) for layout in ("csr", "coo")}
+    row = compare("teacher step", f"{name} L=2", _our_steps(pair), rivals | {"X W and its gradient": steps.gemms(name)},
+                  rounds=ROUNDS, warmup=1, repeats=OUR_STEPS)  # fmt: skip
+    row.target = {"X W and its gradient": 1 / 1.4}  # the step within 1.4x of the products it cannot avoid
+
+
+@pytest.mark.parametrize("name", ["netflix"])
+def bench_student_step_with_row_normalised_prompt(compare, name):
+    """`prompt.norm=row` keeps one teacher SpMM in the step; the rival is the same step with `prompt.norm=mean`."""
+    row, mean = steps.student(name, norm="row"), steps.student(name)
+    compare(
+        "student step",
+        f"{name} L=2, prompt norm row",
+        _our_steps(row),
+        {"prompt norm mean": _our_steps(mean)},
+        rounds=15,
+    )
