@@ -125,7 +125,7 @@ class StudentTask:
         self.sampler = batches(dataset, config.student, negatives, config.seed + 1)
 
     def optimizer(self) -> torch.optim.Optimizer:
-        groups = [{"params": [self.student.table]}]
+        groups = [{"params": list(self.student.parameters())}]
         if self.learn_prompt:
             groups.append({"params": list(self.teacher.prompt.parameters()), "lr": self.config.prompt.lr})
         return _adamw(groups, self.settings.lr)
