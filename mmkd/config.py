@@ -66,11 +66,12 @@ class TeacherConfig(StageConfig):
 
     layers: int = Field(3, ge=0, le=16, description="L_T, propagation layers of its id embeddings")
     feature_layers: int = Field(1, ge=1, le=8, description="times R_hat, R_hat^T are applied to the projected features")
-    features: Literal["raw", "center", "standardize"] = Field(
-        "standardize",
-        description="features as they are; centred and divided by one number; or every column to mean 0, std 1",
+    features: Literal["raw", "center", "standardize", "unit"] = Field(
+        "unit",
+        description="features as they are; centred and divided by one number; every column to mean 0, std 1; or centred "
+        "with every row at the same length",
     )
-    feature_weight: float = Field(0.5, ge=0, description="omega, weight of the row-normalised F^m in E^T")
+    feature_weight: float = Field(1.0, ge=0, description="omega, weight of the row-normalised F^m in E^T")
     modality_loss: float = Field(0.5, ge=0, description="mu, weight of each modality head's own BPR")
     prompt_loss: float = Field(0.1, ge=0, description="nu, weight of the prompt's own BPR")
     dropout: float = Field(0.2, ge=0, le=0.99, description="dropout on the projected features f^m")
@@ -86,8 +87,10 @@ class StudentConfig(StageConfig):
         "lightgcn", description="LightGCN, a GCN with weights, or an MLP without the graph"
     )
     layers: int = Field(3, ge=0, le=16, description="propagation (or MLP) layers")
-    init: Literal["teacher", "xavier", "normal"] = Field(
-        "teacher", description="layer-0 table: the teacher's E^T (Algorithm 1 line 17) or random"
+    init: Literal["match", "teacher", "xavier", "normal"] = Field(
+        "match",
+        description="layer-0 table: the one whose propagation gives the teacher's E^T; E^T itself (Algorithm 1 line 17); "
+        "or random",
     )
 
 

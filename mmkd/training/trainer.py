@@ -21,7 +21,7 @@ from mmkd.files import write_atomic
 from mmkd.graph import BipartiteGraph
 from mmkd.models.baselines import COUNTED, TITLES, TRAINED, ItemKNN
 from mmkd.models.features import FeatureTable
-from mmkd.models.lightgcn import LightGCN, initial_table
+from mmkd.models.lightgcn import LightGCN, initial_table, matching_table
 from mmkd.models.prompt import Prompt, prompt_basis
 from mmkd.models.student import ENCODERS
 from mmkd.models.teacher import Teacher
@@ -247,7 +247,9 @@ class _Run:
     def _mmkd(self) -> Trained:
         c, (teacher, _) = self.config, self._teacher
         frozen = FrozenTeacher(teacher).to(self.device)
-        if c.student.init == "teacher":
+        if c.student.init == "match" and c.student.encoder != "mlp":
+            table = matching_table(self.graph, torch.cat(teacher.tables()), c.student.layers)
+        elif c.student.init in ("match", "teacher"):
             table = torch.cat(teacher.tables())
         else:
             table = initial_table(self.graph.num_nodes, c.dim, c.student.init, seeded(c.seed, 0, 0, tag=6))
