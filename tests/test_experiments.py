@@ -67,6 +67,30 @@ def test_an_interrupted_cell_goes_on(study, monkeypatch):
     assert seen == [1], "the first epoch was not repeated"
 
 
+def test_the_search_decides_on_validation_and_later_cells_use_it(study, monkeypatch):
+    from mmkd.experiments import search as module
+
+    tried = []
+    fake = {(1e-3, 1e-4): 0.2, (1e-2, 1e-3): 0.3}
+
+    def cell(self, changes, seed=0):
+        assert self.dataset(0).test is None, "the search could see the test part"
+        tried.append(changes)
+        numbers = tuple(v for k, v in changes.items() if k != "model")
+        results = {title: {"recall@20": fake[numbers]} for title in module.TITLES.values()}
+        return cells_module.Cell(study.out, "val", results, {}, {})
+
+    alone = Study(study.out / "alone", study.config, seeds=1)
+    alone.quick = True
+    with monkeypatch.context() as patch:
+        patch.setattr(Study, "cell", cell)
+        assert "**0.3000**" in module.tune(alone).read_text()
+    assert len(tried) == 2 * len(module.SECTION)
+    tuned = alone.settings({"model": "ngcf"}, 0)
+    assert (tuned.models["ngcf"]["lr"], tuned.models["ngcf"]["l2"]) == (1e-2, 1e-3)
+    assert alone.settings({}, 0).teacher.lr == 1e-2 and alone.settings({"teacher.lr": 0.5}, 0).teacher.lr == 0.5
+
+
 def test_the_grown_graph_only_adds(study):
     data = study.dataset(0)
     old = before(data, 0)

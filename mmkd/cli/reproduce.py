@@ -12,7 +12,7 @@ from mmkd.cli.common import Friendly, app
 
 @app.command()
 def reproduce(
-    what: Annotated[str, typer.Argument(help="table4 ... table8, figure3, figure4, figure5, or all.")],
+    what: Annotated[str, typer.Argument(help="search, table4 ... table8, figure3, figure4, figure5, or all.")],
     data: Annotated[str, typer.Option(help="Data set, as for `mmkd train`.")] = "",
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of tables 4 and 5.")] = 5,
     quick: Annotated[
@@ -24,6 +24,7 @@ def reproduce(
 ) -> None:
     """Rerun a table or figure of the paper: markdown, CSV and a figure, from one training run a cell.
 
+    `search` tunes every model with the same budget on validation; tables made after it use what it chose.
     Finished cells are read back, interrupted ones go on where they stopped; cells are shared between tables.
     """
     with Friendly():

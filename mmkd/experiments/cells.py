@@ -54,14 +54,14 @@ class Study:
         self.out, self.quick = Path(out), quick
         self.seeds = range(QUICK["seeds"] if quick else seeds)
         self.config = _quick(config) if quick else config
-        self._datasets: dict[int, Dataset] = {}
+        self.datasets: dict[int, Dataset] = {}
 
     def dataset(self, seed: int) -> Dataset:
         """The data as a run with this seed sees it (the split may depend on the seed)."""
-        if seed not in self._datasets:
+        if seed not in self.datasets:
             d = self.config.data
-            self._datasets[seed] = load(d.path, format=d.format, split=d.split, seed=seed, **d.options)
-        return self._datasets[seed]
+            self.datasets[seed] = load(d.path, format=d.format, split=d.split, seed=seed, **d.options)
+        return self.datasets[seed]
 
     @cached_property
     def name(self) -> str:
@@ -69,7 +69,10 @@ class Study:
         return self.dataset(0).name
 
     def settings(self, changes: dict[str, Any], seed: int) -> Config:
-        """The shared settings with `{"teacher.lr": 1e-3, ...}` on top."""
+        """The shared settings, what the search chose for the model (`tuned.json`), and `{"teacher.lr": 1e-3, ...}` on top."""
+        file = self.out / "tuned.json"
+        tuned = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        changes = tuned.get(changes.get("model", self.config.model), {}) | changes
         overrides = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
         base = self.config.model_dump(mode="json") | {"baselines": [], "seed": seed}
         return load_config(base, overrides)

@@ -35,7 +35,7 @@ def adapt(study: Study) -> list[dict[str, Any]]:
     """One epoch of every model on the grown graph: metrics before (on the old graph) and after, seconds of the epoch."""
     new = study.dataset(0)
     past = Study(study.out / "before", study.config, seeds=1)
-    past._datasets[0] = before(new, 0)
+    past.datasets[0] = before(new, 0)
     part = "test" if new.test is not None and new.test.nnz else "val"
     records = []
     for name in ("lattice", "bm3", "mmkd"):
