@@ -47,6 +47,10 @@ class StageConfig(_Section):
 class LightGCNConfig(StageConfig):
     """LightGCN without distillation: the row of the summary the student has to beat."""
 
+    lr: float = Field(1e-3, gt=0, le=1, description="AdamW learning rate")
+    batch_size: int = Field(2048, ge=1, description="(user, positive) pairs per step")
+    epochs: int = Field(300, ge=0, description="upper bound; early stopping usually ends sooner")
+    eval_every: int = Field(5, ge=1, description="epochs between two looks at validation")
     layers: int = Field(3, ge=0, le=16, description="propagation layers")
     init: Literal["xavier", "normal"] = Field("xavier", description="start of the layer-0 table (normal: std 0.1)")
 
@@ -64,6 +68,11 @@ class PromptConfig(_Section):
 class TeacherConfig(StageConfig):
     """The multi-modal teacher (first stage)."""
 
+    lr: float = Field(1e-3, gt=0, le=1, description="AdamW learning rate")
+    l2: float = Field(1e-3, ge=0, description="weight of the L2 term over the batch's own layer-0 rows")
+    batch_size: int = Field(2048, ge=1, description="(user, positive) pairs per step")
+    epochs: int = Field(300, ge=0, description="upper bound; early stopping usually ends sooner")
+    eval_every: int = Field(5, ge=1, description="epochs between two looks at validation")
     layers: int = Field(3, ge=0, le=16, description="L_T, propagation layers of its id embeddings")
     feature_layers: int = Field(1, ge=1, le=8, description="times R_hat, R_hat^T are applied to the projected features")
     features: Literal["raw", "center", "standardize", "unit"] = Field(
