@@ -50,11 +50,11 @@ def test_an_interrupted_cell_goes_on(study, monkeypatch):
 
     original, seen = stage.Stage._epoch, []
 
-    def stop(self, optimizer, epoch, bar):
-        seen.append((self.task.name, epoch))
+    def stop(self, optimizer, state, *rest):
+        seen.append((self.task.name, state["epoch"]))
         if len(seen) == 2:
             raise KeyboardInterrupt
-        return original(self, optimizer, epoch, bar)
+        return original(self, optimizer, state, *rest)
 
     changes = {"model": "lightgcn", "lightgcn.lr": 0.004, "checkpoint_every": 1}
     with monkeypatch.context() as patch:
@@ -62,7 +62,7 @@ def test_an_interrupted_cell_goes_on(study, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             study.cell(changes)
     seen.clear()
-    monkeypatch.setattr(stage.Stage, "_epoch", lambda *a: seen.append(a[2]) or original(*a))
+    monkeypatch.setattr(stage.Stage, "_epoch", lambda *a: seen.append(a[2]["epoch"]) or original(*a))
     assert study.cell(changes).results["LightGCN"]["recall@20"] > 0
     assert seen == [1], "the first epoch was not repeated"
 

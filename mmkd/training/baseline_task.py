@@ -29,7 +29,8 @@ class BaselineTask:
         if epoch != self._epoch:
             self.model.begin_epoch(epoch)
             self._epoch = epoch
-        users, candidates = to_tensors(self.sampler.batch(epoch, step), self.model.graph.device)
+        device = self.model.graph.device
+        users, candidates = (t.to(device) for t in to_tensors(self.sampler.batch(epoch, step)))
         terms = self.model.loss(users, candidates, seeded(self.seed, epoch, step, tag=7))
         terms["l2"] = self.model.l2(users, candidates)
         torch.stack(list(terms.values())).sum().backward()
