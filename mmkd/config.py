@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 
 class ConfigError(ValueError):
@@ -47,6 +47,10 @@ class StageConfig(_Section):
 class LightGCNConfig(StageConfig):
     """LightGCN without distillation: the row of the summary the student has to beat."""
 
+    lr: float = Field(1e-3, gt=0, le=1, description="AdamW learning rate")
+    batch_size: int = Field(2048, ge=1, description="(user, positive) pairs per step")
+    epochs: int = Field(300, ge=0, description="upper bound; early stopping usually ends sooner")
+    eval_every: int = Field(5, ge=1, description="epochs between two looks at validation")
     layers: int = Field(3, ge=0, le=16, description="propagation layers")
     init: Literal["xavier", "normal"] = Field("xavier", description="start of the layer-0 table (normal: std 0.1)")
 
@@ -64,11 +68,17 @@ class PromptConfig(_Section):
 class TeacherConfig(StageConfig):
     """The multi-modal teacher (first stage)."""
 
+    lr: float = Field(1e-3, gt=0, le=1, description="AdamW learning rate")
+    l2: float = Field(1e-3, ge=0, description="weight of the L2 term over the batch's own layer-0 rows")
+    batch_size: int = Field(2048, ge=1, description="(user, positive) pairs per step")
+    epochs: int = Field(300, ge=0, description="upper bound; early stopping usually ends sooner")
+    eval_every: int = Field(5, ge=1, description="epochs between two looks at validation")
     layers: int = Field(3, ge=0, le=16, description="L_T, propagation layers of its id embeddings")
     feature_layers: int = Field(1, ge=1, le=8, description="times R_hat, R_hat^T are applied to the projected features")
-    features: Literal["raw", "center", "standardize"] = Field(
-        "standardize",
-        description="features as they are; centred and divided by one number; or every column to mean 0, std 1",
+    features: Literal["raw", "center", "standardize", "unit"] = Field(
+        "unit",
+        description="features as they are; centred and divided by one number; every column to mean 0, std 1; or centred "
+        "with every row at the same length",
     )
     feature_memory: Literal["loaded", "mapped"] = Field(
         "loaded", description="features in memory, in their stored type; or left in their file and read in every step"
@@ -76,7 +86,7 @@ class TeacherConfig(StageConfig):
     feature_compute: Literal["float32", "bfloat16"] = Field(
         "float32", description="type of both factors in X W and in its gradient; bfloat16 where the processor has it"
     )
-    feature_weight: float = Field(0.5, ge=0, description="omega, weight of the row-normalised F^m in E^T")
+    feature_weight: float = Field(1.0, ge=0, description="omega, weight of the row-normalised F^m in E^T")
     modality_loss: float = Field(0.5, ge=0, description="mu, weight of each modality head's own BPR")
     prompt_loss: float = Field(0.1, ge=0, description="nu, weight of the prompt's own BPR")
     dropout: float = Field(0.2, ge=0, le=0.99, description="dropout on the projected features f^m")
@@ -88,9 +98,14 @@ class StudentConfig(StageConfig):
     """The LightGCN student (second stage)."""
 
     lr: float = Field(5e-4, gt=0, le=1, description="AdamW learning rate")
-    layers: int = Field(3, ge=0, le=16, description="propagation layers")
-    init: Literal["teacher", "xavier", "normal"] = Field(
-        "teacher", description="layer-0 table: the teacher's E^T (Algorithm 1 line 17) or random"
+    encoder: Literal["lightgcn", "gcn", "mlp"] = Field(
+        "lightgcn", description="LightGCN, a GCN with weights, or an MLP without the graph"
+    )
+    layers: int = Field(3, ge=0, le=16, description="propagation (or MLP) layers")
+    init: Literal["match", "teacher", "xavier", "normal"] = Field(
+        "match",
+        description="layer-0 table: the one whose propagation gives the teacher's E^T; E^T itself (Algorithm 1 line 17); "
+        "or random",
     )
 
 
@@ -150,7 +165,11 @@ class Config(_Section):
     distill: DistillConfig = Field(default_factory=DistillConfig, description="distillation losses")
     lightgcn: LightGCNConfig = Field(default_factory=LightGCNConfig, description="the undistilled LightGCN")
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="metrics and selection")
-    baselines: tuple[Literal["popularity", "item-knn", "lightgcn"], ...] = Field(
+    model: str = Field("mmkd", description="what to train: mmkd (teacher, then student), teacher, or a baseline")
+    models: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="settings of baselines by name, e.g. models.ngcf.layers=2"
+    )
+    baselines: tuple[str, ...] = Field(
         ("popularity", "item-knn", "lightgcn"), description="what the summary compares with; [] trains none"
     )
     checkpoint_every: int = Field(5, ge=1, description="epochs between two checkpoints")
@@ -161,6 +180,32 @@ class Config(_Section):
     profile: int = Field(
         0, ge=0, description="steps of every stage to profile by op; the tables go into the run folder"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_models(cls, content: Any) -> Any:
+        """Names against the registry; the settings of every baseline in use are written out in full."""
+        from mmkd.models.baselines import NAMES, TRAINED
+
+        if not isinstance(content, dict):
+            return content
+        given = content.get("models", {})
+        wanted = [content.get("model", "mmkd"), *(content.get("baselines") or ())]
+        if not isinstance(given, dict) or not all(isinstance(value, dict) for value in given.values()):
+            raise ValueError("models: expected a mapping of baseline names to settings, e.g. {ngcf: {layers: 2}}")
+        for key, names, known in (("model or baselines", wanted, NAMES), ("models", given, tuple(TRAINED))):
+            for name in names:
+                if name not in known:
+                    close = difflib.get_close_matches(str(name), known, n=1)
+                    hint = f"did you mean '{close[0]}'? " if close else ""
+                    raise ValueError(f"{key}: unknown model {name!r}; {hint}known: {', '.join(known)}")
+        full = {}
+        for name in dict.fromkeys((*given, *(name for name in wanted if name in TRAINED))):
+            try:
+                full[name] = TRAINED[name].Settings.model_validate(given.get(name, {})).model_dump()
+            except ValidationError as error:
+                raise ValueError(_explain(error, f"models.{name}.", TRAINED[name].Settings)) from None
+        return {**content, "models": full}
 
     def to_yaml(self) -> str:
         """The settings as YAML text that :func:`load_config` reads back to an equal object."""
@@ -176,22 +221,26 @@ def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[st
             yield from known_keys(kind, f"{prefix}{name}.")
 
 
-def _nearest(path: str) -> str:
-    known = list(known_keys())
+def _nearest(path: str, model: type[BaseModel], prefix: str) -> str:
+    known = list(known_keys(model, prefix))
     by_leaf = {key.rsplit(".", 1)[-1]: key for key in reversed(known)}
     close = difflib.get_close_matches(path, known, n=1, cutoff=0.6)
     if not close:
         leaf = difflib.get_close_matches(path.rsplit(".", 1)[-1], list(by_leaf), n=1, cutoff=0.6)
         close = [by_leaf[name] for name in leaf]
-    return f"did you mean '{close[0]}'?" if close else "known sections: " + ", ".join(Config.model_fields)
+    return (
+        f"did you mean '{close[0]}'?" if close else "known: " + ", ".join(prefix + name for name in model.model_fields)
+    )
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, prefix: str = "", model: type[BaseModel] | None = None) -> str:
     lines = []
     for item in error.errors():
-        path = ".".join(str(part) for part in item["loc"])
+        path = prefix + ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            lines.append(f"unknown setting '{path}'; {_nearest(path)}")
+            lines.append(f"unknown setting '{path}'; {_nearest(path, model or Config, prefix)}")
+        elif item["type"] == "value_error" and not item["loc"]:
+            lines.append(str(item["ctx"]["error"]))
         else:
             lines.append(f"setting '{path}': {item['msg']}, got {reprlib.repr(item['input'])}")
     return "\n".join(lines)

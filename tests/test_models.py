@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from mmkd import BipartiteGraph
+from mmkd import BipartiteGraph, ops
 from mmkd.models.features import FeatureTable
-from mmkd.models.lightgcn import LightGCN, initial_table
+from mmkd.models.lightgcn import LightGCN, initial_table, matching_table
 from mmkd.models.prompt import Prompt, principal_components, prompt_basis
 from mmkd.models.teacher import Teacher
 from mmkd.training.collapse import FrozenTeacher
@@ -25,7 +25,8 @@ def graph():
 def make_teacher(graph, norm="mean", strength=0.7, feature_layers=1, seed=0):
     rng = np.random.default_rng(seed)
     tables = [
-        FeatureTable(f"m{w}", rng.standard_normal((graph.num_items, w)), "standardize", torch.float64) for w in WIDTHS
+        FeatureTable(f"m{w}", rng.standard_normal((graph.num_items, w)), mode, torch.float64)
+        for w, mode in zip(WIDTHS, ("standardize", "unit", "center"), strict=True)
     ]
     generator = torch.Generator().manual_seed(seed)
     prompt = Prompt(prompt_basis(tables, D).double(), generator)
@@ -199,6 +200,29 @@ def test_wide_features_reach_the_same_components():
     u, s, vt = np.linalg.svd(x - x.mean(0), full_matrices=False)
     sign = np.sign(vt[np.arange(60), np.abs(vt).argmax(1)])
     np.testing.assert_allclose(principal_components(table, 3).numpy(), (u * s * sign)[:, :3], rtol=1e-3, atol=1e-2)
+
+
+def test_unit_rows_all_count_the_same():
+    x = np.random.default_rng(0).standard_normal((50, 4)) * np.geomspace(1e-3, 1e3, 50)[:, None] + 2.0
+    unit = FeatureTable("x", x, "unit", torch.float64).prepared()
+    torch.testing.assert_close(unit.norm(dim=1), torch.full((50,), 2.0, dtype=torch.float64))
+    centred = torch.from_numpy(x - x.mean(0))
+    torch.testing.assert_close(unit, 2 * torch.nn.functional.normalize(centred, dim=1))
+    assert FeatureTable("x", np.full((3, 4), 7.0), "unit").prepared().eq(0).all()
+
+
+@pytest.mark.parametrize("layers", [0, 1, 3])
+def test_the_matching_table_propagates_to_its_target(graph, layers):
+    generator = torch.Generator().manual_seed(0)
+    reachable = torch.randn(graph.num_nodes, 5, dtype=torch.float64, generator=generator)
+    target = ops.propagate(graph, reachable, layers)
+    table = matching_table(graph, target, layers, ridge=1e-9, steps=400)
+    again = ops.propagate(graph, table, layers)
+    assert (again - target).norm() < 1e-3 * target.norm()
+    if layers:
+        p = ops.propagate(graph, torch.eye(graph.num_nodes, dtype=torch.float64), layers)
+        truth = torch.linalg.solve(p @ p + 0.1 * torch.eye(len(p), dtype=torch.float64), p @ target)
+        torch.testing.assert_close(matching_table(graph, target, layers, ridge=0.1, steps=200), truth)
 
 
 def test_feature_modes():

@@ -34,6 +34,14 @@ def train(
             rich_help_panel=_DATA,
         ),
     ] = "",
+    model: Annotated[
+        str,
+        typer.Option(
+            help="mmkd (teacher, then student), or one model alone: lightgcn, bm3, lattice, ...",
+            show_default="mmkd, or what --config says",
+            rich_help_panel=_SETTINGS,
+        ),
+    ] = "",
     config: Annotated[
         Path | None,
         typer.Option(
@@ -123,6 +131,7 @@ def train(
             return
         overrides = list(set_ or [])
         overrides += [f"data.path={data}"] if data else []
+        overrides += [f"model={model}"] if model else []
         overrides += [f"seed={seed}"] if seed is not None else []
         overrides += ["profile=20"] if profile else []
         overrides += [f"device={device}"] if device else []

@@ -13,17 +13,19 @@ BLOCK_ROWS = 4096
 
 
 class FeatureTable:
-    """``X = (values - mean) * scale`` of one modality as the teacher sees it: raw, centred or standardised.
+    """``X = r * (values - mean) * scale`` of one modality as the teacher sees it.
 
     Preparation is an affine map per column whose constants come from the item table itself: ``center`` subtracts the
     column means and divides by one number (the root mean square of the column deviations), ``standardize`` divides
-    every column by its own deviation (constant columns become 0). The prepared table is never built: products fold the
-    map into the other factor (:func:`project`), everything else reads prepared row blocks.
+    every column by its own deviation (constant columns become 0). ``unit`` centres and then gives every row the length
+    ``sqrt(d_m)`` (``r``, one number a row; a zero row stays zero): where the rows' norms differ much, as in an SVD of a
+    graph, inner products otherwise follow the longest few. The prepared table is never built: products fold the map into
+    the other factor and ``r`` into the result (:func:`project`), everything else reads prepared row blocks.
 
     Args:
         name: modality name, for messages.
         values: ``[I, d_m]``, any float or integer dtype, may be memory-mapped; shared, not copied, and never written.
-        mode: ``"raw"``, ``"center"`` or ``"standardize"``.
+        mode: ``"raw"``, ``"center"``, ``"standardize"`` or ``"unit"``.
         dtype: of prepared blocks and products (float32; float64 in tests).
         compute: ``"float32"`` multiplies in `dtype`; ``"bfloat16"`` rounds both factors of ``X W`` and of its gradient
             to bfloat16, sums in float32, and rounds each product once more.
@@ -44,8 +46,8 @@ class FeatureTable:
     ) -> None:
         if values.ndim != 2:
             raise ValueError(f"modality '{name}': expected a table [items, width], got shape {tuple(values.shape)}")
-        if mode not in ("raw", "center", "standardize"):
-            raise ValueError(f"mode: expected raw, center or standardize, got {mode!r}")
+        if mode not in ("raw", "center", "standardize", "unit"):
+            raise ValueError(f"mode: expected raw, center, standardize or unit, got {mode!r}")
         if compute not in ("float32", "bfloat16"):
             raise ValueError(f"compute: expected float32 or bfloat16, got {compute!r}")
         self.name, self.dtype, self.compute = name, dtype, compute
@@ -54,6 +56,10 @@ class FeatureTable:
         self.values = values if isinstance(values, Tensor) else _shared(values)
         mean, scale = _constants(self.values, mode)
         self.mean, self.scale = (None if mode == "raw" else c.to(self.values.device) for c in (mean, scale))
+        self.row_scale: Tensor | None = None  # r, [I]
+        if mode == "unit":
+            norms = torch.cat([block.norm(dim=1) for block in self.blocks(dtype=torch.float64)])
+            self.row_scale = torch.where(norms > 1e-12, self.width**0.5 / norms.clamp(min=1e-12), 0.0).to(dtype)
 
     @property
     def num_items(self) -> int:
@@ -68,16 +74,27 @@ class FeatureTable:
         self.values = self.values.to(device)
         if self.mean is not None:
             self.mean, self.scale = self.mean.to(device), self.scale.to(device)
+        if self.row_scale is not None:
+            self.row_scale = self.row_scale.to(device)
         return self
 
     def blocks(self, rows: int = BLOCK_ROWS, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
         """Consecutive prepared row blocks ``[<= rows, d_m]``, in `dtype` (by default that of the table)."""
         dtype = dtype or self.dtype
+        start = 0
         for block in self.values.split(rows):
             if self.mean is None:
                 yield block.to(dtype)
-            else:
-                yield (block.double() - self.mean).mul_(self.scale).to(dtype)
+                continue
+            block = (block.double() - self.mean).mul_(self.scale)
+            if self.row_scale is not None:
+                block *= self.row_scale[start : start + len(block), None]
+                start += len(block)
+            yield block.to(dtype)
+
+    def prepared(self) -> Tensor:
+        """``X`` itself, ``[I, d_m]``, a table of its own: for a model that needs the vectors, not their products."""
+        return torch.cat(list(self.blocks()))
 
     def column_sum(self) -> np.ndarray:
         """``1^T X``, ``[d_m]`` float64."""
@@ -98,7 +115,7 @@ class FeatureTable:
         return project([self], [weight])
 
     def folded(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        """``(W', t)`` with ``X W = values W' + 1 t^T``: ``W' = diag(scale) W``, ``t = -mean^T W'``; no ``t`` if raw.
+        """``(W', t)`` with ``X W = r * (values W' + 1 t^T)``: ``W' = diag(scale) W``, ``t = -mean^T W'``; no ``t`` if raw.
 
         In bfloat16 the centred values are multiplied, for values far from 0 would lose their differences: no ``t``.
         """
@@ -158,21 +175,35 @@ class FeatureTable:
 
 
 class _Project(torch.autograd.Function):
-    """``[values_1 W'_1, ..., values_M W'_M]`` side by side; every product writes its columns, none is copied."""
+    """``[values_1 W'_1, ..., values_M W'_M]`` side by side; every product writes its columns, none is copied.
+
+    A table with row scales becomes ``r * (values W' + 1 t^T)`` in place, for its ``t`` cannot wait for the caller.
+    """
 
     @staticmethod
-    def forward(ctx, tables: Sequence[FeatureTable], *weights: Tensor) -> Tensor:
+    def forward(ctx, tables: Sequence[FeatureTable], *factors: Tensor | None) -> Tensor:
+        weights, shifts = factors[: len(tables)], factors[len(tables) :]
         ctx.tables, ctx.widths = tables, [weight.shape[1] for weight in weights]
         out = weights[0].new_empty(tables[0].num_items, sum(ctx.widths))
-        for table, weight, columns in zip(tables, weights, out.split(ctx.widths, 1), strict=True):
+        for table, weight, shift, columns in zip(tables, weights, shifts, out.split(ctx.widths, 1), strict=True):
             table.times(weight, columns)
+            if shift is not None:
+                columns += shift
+            if table.row_scale is not None:
+                columns *= table.row_scale[:, None].to(columns.dtype)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
-        parts = zip(ctx.tables, grad.split(ctx.widths, 1), ctx.needs_input_grad[1:], strict=True)
-        return None, *(table.transposed_times(columns) if needed else None for table, columns, needed in parts)
+        by_weight, by_shift = [], []
+        count = len(ctx.tables)
+        for m, (table, columns) in enumerate(zip(ctx.tables, grad.split(ctx.widths, 1), strict=True)):
+            if table.row_scale is not None:
+                columns = columns * table.row_scale[:, None].to(columns.dtype)
+            by_weight.append(table.transposed_times(columns) if ctx.needs_input_grad[1 + m] else None)
+            by_shift.append(columns.sum(0) if ctx.needs_input_grad[1 + count + m] else None)
+        return None, *by_weight, *by_shift
 
 
 def project_raw(tables: Sequence[FeatureTable], weights: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -181,10 +212,14 @@ def project_raw(tables: Sequence[FeatureTable], weights: Sequence[Tensor]) -> tu
     The caller adds ``t`` to what it adds anyway, so that the affine preparation costs no pass over ``[I, M d]``.
     """
     folded = [table.folded(weight) for table, weight in zip(tables, weights, strict=True)]
-    product = _Project.apply(tuple(tables), *(weight for weight, _ in folded))
-    if all(shift is None for _, shift in folded):
+    inner = [None if table.row_scale is None else t for table, (_, t) in zip(tables, folded, strict=True)]
+    outer = [t if table.row_scale is None else None for table, (_, t) in zip(tables, folded, strict=True)]
+    product = _Project.apply(tuple(tables), *(weight for weight, _ in folded), *inner)
+    if all(shift is None for shift in outer):
         return product, None
-    return product, torch.cat([w.new_zeros(w.shape[1]) if t is None else t for w, t in folded])
+    return product, torch.cat(
+        [w.new_zeros(w.shape[1]) if t is None else t for w, t in zip(weights, outer, strict=True)]
+    )
 
 
 def project(tables: Sequence[FeatureTable], weights: Sequence[Tensor]) -> Tensor:
@@ -221,7 +256,7 @@ def _constants(values: Tensor, mode: str) -> tuple[Tensor, Tensor]:
         square += (block.double() - mean).square_().sum(0)
     deviation = (square / len(values)).sqrt()
     floor = 1e-6 * torch.maximum(mean.abs(), deviation.max())
-    if mode == "center":
+    if mode in ("center", "unit"):
         deviation = deviation.square().mean().sqrt().expand_as(mean)
     usable = deviation > floor
     return mean, torch.where(usable, 1.0, 0.0).double() / torch.where(usable, deviation, 1.0)

@@ -56,3 +56,34 @@ class LightGCN(nn.Module):
         with torch.no_grad():
             users, items = self().split([self.graph.num_users, self.graph.num_items])
         return users, items
+
+
+def matching_table(
+    graph: BipartiteGraph, target: Tensor, layers: int, *, ridge: float = 1e-3, steps: int = 60
+) -> Tensor:
+    """The layer-0 table whose propagation comes nearest to ``target``: ``argmin_x ||P x - target||^2 + ridge ||x||^2``.
+
+    ``P = 1/(L+1) sum_l A_hat^l`` is symmetric; conjugate gradients on ``(P^2 + ridge) x = P target``, all columns at once.
+    A table that starts a student at ``target`` itself is smoothed ``L`` more times before it is ever used.
+
+    Args:
+        target: ``[N, d]``. layers: ``L``; 0 returns ``target``.
+        ridge: keeps directions that ``P`` nearly removes small. steps: of the solver.
+
+    Returns:
+        ``[N, d]``, without gradient.
+    """
+    if layers == 0:
+        return target.detach().clone()
+    with torch.no_grad():
+        residual = ops.propagate(graph, target, layers)
+        x, direction = torch.zeros_like(residual), residual.clone()
+        square = residual.square().sum(0)
+        for _ in range(steps):
+            image = ops.propagate(graph, ops.propagate(graph, direction, layers), layers) + ridge * direction
+            step = square / (direction * image).sum(0).clamp_min(1e-30)
+            x += step * direction
+            residual -= step * image
+            before, square = square, residual.square().sum(0)
+            direction = residual + square / before.clamp_min(1e-30) * direction
+    return x

@@ -158,7 +158,7 @@ class StudentTask:
         self.batch = Ahead(self._batch, self.sampler.num_steps)
 
     def optimizer(self) -> torch.optim.Optimizer:
-        groups = [{"params": [self.student.table]}]
+        groups = [{"params": list(self.student.parameters())}]
         if self.learn_prompt:
             groups.append({"params": list(self.teacher.prompt.parameters()), "lr": self.config.prompt.lr})
         return _adamw(groups, self.settings.lr)

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from mmkd.data import Dataset, load
 from mmkd.evaluation import evaluate, evaluate_scores
 from mmkd.files import write_atomic
 from mmkd.graph import BipartiteGraph
-from mmkd.models.baselines import ItemKNN, Popularity
+from mmkd.models.baselines import COUNTED, TITLES, TRAINED, ItemKNN
 from mmkd.models.features import FeatureTable
-from mmkd.models.lightgcn import LightGCN, initial_table
+from mmkd.models.lightgcn import LightGCN, initial_table, matching_table
 from mmkd.models.prompt import Prompt, prompt_basis
+from mmkd.models.student import ENCODERS
 from mmkd.models.teacher import Teacher
+from mmkd.training.baseline_task import BaselineTask
 from mmkd.training.collapse import FrozenTeacher
 from mmkd.training.loggers import Logger, make_loggers
 from mmkd.training.run_folder import RunFolder
@@ -62,6 +65,8 @@ def train(
 ) -> RunResult:
     """Trains the teacher, distils it into a LightGCN student, and compares with the baselines of the configuration.
 
+    With `model` other than `mmkd` only that model is trained and compared; the run folder is the same.
+
     Args:
         config: settings, a mapping of some of them, or a YAML file; all have defaults.
         out: run folder, `runs/<data>-<time>` by default. Must not hold a run unless `resume`.
@@ -84,14 +89,21 @@ def train(
     if dataset is None:
         d = settings.data
         dataset = load(d.path, format=d.format, split=d.split, seed=settings.seed, **d.options)
-    if not dataset.features:
-        raise ConfigError(
-            f"data set {dataset.name!r} has no item features, so there is no teacher to learn from; add <modality>_feat.npy"
-        )
+    _check_features(settings, dataset)
     listening = [*make_loggers(settings.log), *loggers]
     folder = RunFolder.start(out, settings, dataset, resume)
     with folder.held(listening):
         return _Run(settings, dataset, folder, stop or Stop()).run()
+
+
+def _check_features(settings: Config, dataset: Dataset) -> None:
+    for name in (settings.model, *settings.baselines):
+        needs = name in ("mmkd", "teacher") or (name in TRAINED and TRAINED[name].needs_features)
+        if needs and not dataset.features:
+            raise ConfigError(
+                f"data set {dataset.name!r} has no item features, which {name} learns from; add <modality>_feat.npy, "
+                "or train a model of ids alone, e.g. model=lightgcn"
+            )
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -102,40 +114,74 @@ def pick_device(wanted: str) -> torch.device:
     return torch.device("cuda" if wanted == "cuda" or (wanted == "auto" and has) else "cpu")
 
 
+@dataclass(frozen=True)
+class Trained:
+    """One trained model of a run.
+
+    Attributes:
+        name: as in the registry. parameters: numbers stored. seconds: training time.
+        score: metrics of a part, `"val"` or `"test"`.
+        tables: final user and item embeddings; None for a model that has none.
+        layer0: `[N, d]` table before propagation, where the model is one.
+    """
+
+    name: str
+    parameters: int
+    seconds: float
+    score: Callable[[str], dict[str, float]]
+    tables: tuple[Tensor, Tensor] | None = None
+    layer0: Tensor | None = None
+
+
 class _Run:
     def __init__(self, config: Config, dataset: Dataset, folder: RunFolder, stop: Stop) -> None:
         self.config, self.dataset, self.folder, self.stop = config, dataset, folder, stop
         self.device = pick_device(config.device)
         self.compute = torch.bfloat16 if config.amp == "bf16" else None
         self.graph: BipartiteGraph = dataset.graph().to(self.device)
-        self.rows: list[Row] = []
-        self.steps = lambda s: -(-dataset.train.nnz // s.batch_size)
+        self.heads: dict[str, float] = {}
 
     def run(self) -> RunResult:
         self.folder.write_ids(self.dataset)
-        final: list[tuple[str, int, float, Callable[[str], dict[str, float]]]] = []
-        for name in self.config.baselines:
-            final.append(self._baseline(name))
-        teacher, seconds = self._teacher()
-        final.append(("teacher", _count(teacher), seconds, self._scorer(teacher.tables())))
-        heads = self._heads(teacher)
-        student, stage = self._student(teacher, heads)
-        tables = student.tables()
-        self._save_student(student, tables)
-        final.append(("MMKD student", student.table.numel(), stage.seconds, self._scorer(tables)))
-        return self._report(final, heads)
+        model = self.config.model
+        names = dict.fromkeys((*self.config.baselines, *(("teacher",) if model == "mmkd" else ()), model))
+        trained = [self._train(name) for name in names]
+        self._save_served(next(t for t in trained if t.name == model))
+        return self._report(trained)
 
-    def _scorer(self, tables: tuple[Tensor, Tensor]) -> Callable[[str], dict[str, float]]:
-        return lambda part: evaluate(*tables, self.dataset, part, self.config.evaluation.ks)
-
-    def _baseline(self, name: str) -> tuple[str, int, float, Callable[[str], dict[str, float]]]:
-        start, ks = time.perf_counter(), self.config.evaluation.ks
+    def _train(self, name: str) -> Trained:
+        if name == "mmkd":
+            return self._mmkd()
+        if name == "teacher":
+            teacher, seconds = self._teacher
+            return Trained(name, _count(teacher), seconds, *self._scored(teacher.tables()))
         if name == "lightgcn":
             model, result = self._lightgcn()
-            return "LightGCN", model.table.numel(), result.seconds, self._scorer(model.tables())
-        model = (Popularity() if name == "popularity" else ItemKNN(metric="recall@20")).fit(self.dataset)
+            tables = model.tables()
+            return Trained(name, model.table.numel(), result.seconds, *self._scored(tables), model.table)
+        return self._counted(name) if name in COUNTED else self._baseline(name)
+
+    def _scored(self, tables: tuple[Tensor, Tensor]) -> tuple[Callable[[str], dict[str, float]], tuple[Tensor, Tensor]]:
+        return lambda part: evaluate(*tables, self.dataset, part, self.config.evaluation.ks), tables
+
+    def _counted(self, name: str) -> Trained:
+        start, ks = time.perf_counter(), self.config.evaluation.ks
+        model = (ItemKNN(metric="recall@20") if name == "item-knn" else COUNTED[name]()).fit(self.dataset)
         seconds = time.perf_counter() - start
-        return name, model.num_parameters, seconds, lambda part: evaluate_scores(model.scores, self.dataset, part, ks)
+        return Trained(
+            name, model.num_parameters, seconds, lambda part: evaluate_scores(model.scores, self.dataset, part, ks)
+        )
+
+    def _baseline(self, name: str) -> Trained:
+        start, kind = time.perf_counter(), TRAINED[name]
+        settings = kind.Settings.model_validate(self.config.models[name])
+        features = self._features() if kind.needs_features else []
+        model = kind(self.graph, features, self.config.dim, settings, seeded(self.config.seed, 0, 0, tag=8)).to(
+            self.device
+        )
+        preparation = time.perf_counter() - start
+        result = self._stage(BaselineTask(name, model, self.dataset, self.config.seed + 3), settings)
+        return Trained(name, _count(model), preparation + result.seconds, *self._scored(model.tables()))
 
     def _lightgcn(self) -> tuple[LightGCN, StageResult]:
         s = self.config.lightgcn
@@ -145,9 +191,8 @@ class _Run:
         return model, self._stage(task, s)
 
     def _stage(self, task, settings: StageConfig) -> StageResult:
-        result = Stage(
-            task, settings, self.config, self.dataset, self.folder, self.steps(settings), self.stop
-        ).run()  # fmt: skip
+        steps = -(-self.dataset.train.nnz // settings.batch_size)
+        result = Stage(task, settings, self.config, self.dataset, self.folder, steps, self.stop).run()
         best = (
             ""
             if result.best_metric is None
@@ -156,22 +201,24 @@ class _Run:
         log.info("%s: %d epochs, best %d%s, %.1f s", task.name, result.epochs, result.best_epoch, best, result.seconds)
         return result
 
-    def _teacher(self) -> tuple[Teacher, float]:
-        c, seed = self.config, self.config.seed
-        start = time.perf_counter()
-        tables = [
-            FeatureTable(
-                name,
-                x,
-                c.teacher.features,
-                compute=c.teacher.feature_compute,
-                loaded=c.teacher.feature_memory == "loaded",
+    def _features(self) -> list[FeatureTable]:
+        t = self.config.teacher
+        return [
+            FeatureTable(name, x, t.features, compute=t.feature_compute, loaded=t.feature_memory == "loaded").to(
+                self.device
             )
             for name, x in self.dataset.features.items()
         ]
+
+    @cached_property
+    def _teacher(self) -> tuple[Teacher, float]:
+        """The trained teacher and its training time; `heads` is filled in."""
+        c, seed = self.config, self.config.seed
+        start = time.perf_counter()
+        tables = self._features()
         prompt = Prompt(prompt_basis(tables, c.dim, seed), seeded(seed, 0, 0, tag=4))
         teacher = Teacher(
-            self.graph, [t.to(self.device) for t in tables], prompt, layers=c.teacher.layers,
+            self.graph, tables, prompt, layers=c.teacher.layers,
             feature_layers=c.teacher.feature_layers, feature_weight=c.teacher.feature_weight, strength=c.prompt.strength,
             norm=c.prompt.norm, init=c.teacher.init, generator=seeded(seed, 0, 0, tag=5), compute=self.compute,
         ).to(self.device)  # fmt: skip
@@ -179,9 +226,10 @@ class _Run:
         result = self._stage(TeacherTask(teacher, c, self.dataset, self.graph), c.teacher)
         weights = {name: p.detach().cpu().contiguous() for name, p in teacher.named_parameters()}
         write_atomic(self.folder.path / "teacher.safetensors", lambda temporary: save_file(weights, temporary))
+        self.heads = self._head_recall(teacher)
         return teacher, preparation + result.seconds
 
-    def _heads(self, teacher: Teacher) -> dict[str, float]:
+    def _head_recall(self, teacher: Teacher) -> dict[str, float]:
         """Validation recall@20 of every modality's own head `F_u^m . F_i^m`, and of the whole teacher under ''."""
         if self.dataset.val is None or not self.dataset.val.nnz:
             return {}
@@ -193,45 +241,53 @@ class _Run:
             log.info("modality head %s: validation recall@20 %.4f", name, recall[name])
         return recall
 
-    def _modality_weights(self, heads: dict[str, float]) -> Tensor:
-        d, names = self.config.distill, list(self.dataset.features)
+    def _modality_weights(self) -> Tensor:
+        d, names, heads = self.config.distill, list(self.dataset.features), self.heads
         weights = torch.full((len(names),), 1.0 / len(names))
         if d.modality_weights == "validation" and heads.get(""):
             share = torch.tensor([min(1.0, heads[name] / heads[""]) for name in names])
             weights *= share**d.modality_power
         return weights.to(self.device)
 
-    def _student(self, teacher: Teacher, heads: dict[str, float]) -> tuple[LightGCN, StageResult]:
-        c = self.config
+    def _mmkd(self) -> Trained:
+        c, (teacher, _) = self.config, self._teacher
         frozen = FrozenTeacher(teacher, learn_prompt=c.prompt.lr > 0).to(self.device)
-        if c.student.init == "teacher":
+        if c.student.init == "match" and c.student.encoder != "mlp":
+            table = matching_table(self.graph, torch.cat(teacher.tables()), c.student.layers)
+        elif c.student.init in ("match", "teacher"):
             table = torch.cat(teacher.tables())
         else:
             table = initial_table(self.graph.num_nodes, c.dim, c.student.init, seeded(c.seed, 0, 0, tag=6))
-        student = LightGCN(self.graph, table, c.student.layers, self.compute).to(self.device)
-        task = StudentTask(student, frozen, c, self.dataset, self.graph, self._modality_weights(heads))
-        return student, self._stage(task, c.student)
+        student = ENCODERS[c.student.encoder](self.graph, table, c.student.layers, self.compute).to(self.device)
+        task = StudentTask(student, frozen, c, self.dataset, self.graph, self._modality_weights())
+        seconds = self._stage(task, c.student).seconds
+        return Trained("mmkd", _count(student), seconds, *self._scored(student.tables()), student.table)
 
-    def _save_student(self, student: LightGCN, tables: tuple[Tensor, Tensor]) -> None:
-        layer0 = student.table.detach().split([self.graph.num_users, self.graph.num_items])
-        named = dict(zip(("user_emb", "item_emb", "user_emb0", "item_emb0"), (*tables, *layer0), strict=True))
+    def _save_served(self, model: Trained) -> None:
+        """`student.safetensors`: what `mmkd recommend`, `eval` and `export` read."""
+        if model.tables is None:
+            return
+        named = dict(zip(("user_emb", "item_emb"), model.tables, strict=True))
+        if model.layer0 is not None:
+            layer0 = model.layer0.detach().split([self.graph.num_users, self.graph.num_items])
+            named |= dict(zip(("user_emb0", "item_emb0"), layer0, strict=True))
         ready = {name: t.cpu().contiguous().clone() for name, t in named.items()}
         write_atomic(self.folder.path / "student.safetensors", lambda temporary: save_file(ready, temporary))
 
-    def _report(self, final: list, heads: dict[str, float]) -> RunResult:
+    def _report(self, trained: list[Trained]) -> RunResult:
         # The only place where the test part is read.
-        part = "test" if self.dataset.test is not None and self.dataset.test.nnz else "val"
-        if part == "val" and not heads:
-            part = "none"
-        self.rows = [Row(name, score(part) if part != "none" else {}, params, s) for name, params, s, score in final]
-        table = write_summary(self.folder, self.dataset, self.rows, part, heads, self.config)
-        metrics = {row.method: row.metrics for row in self.rows}
+        parts = [p for p in ("test", "val") if (m := getattr(self.dataset, p)) is not None and m.nnz]
+        part = parts[0] if parts else "none"
+        rows = [Row(TITLES[t.name], t.score(part) if parts else {}, t.parameters, t.seconds) for t in trained]
+        table = write_summary(self.folder, self.dataset, rows, part, self.heads, self.config)
+        metrics = {row.method: row.metrics for row in rows}
         self.folder.update_info(
-            part=part, results=metrics, heads={k or "teacher": v for k, v in heads.items()},
-            seconds={row.method: round(row.seconds, 2) for row in self.rows}, finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            part=part, results=metrics, heads={k or "teacher": v for k, v in self.heads.items()},
+            parameters={row.method: row.parameters for row in rows},
+            seconds={row.method: round(row.seconds, 2) for row in rows}, finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         )  # fmt: skip
         return RunResult(self.folder.path, metrics, part, table)
 
 
-def _count(teacher: Teacher) -> int:
-    return sum(p.numel() for p in teacher.parameters())
+def _count(model: torch.nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())

@@ -1,0 +1,72 @@
+"""BM3: Bootstrap Latent Representations for Multi-modal Recommendation (Zhou et al., WWW 2023)."""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from mmkd import ops
+from mmkd.models.baselines.base import Baseline, BaselineConfig, dropout
+
+
+class BM3Config(BaselineConfig):
+    """Settings of BM3."""
+
+    layers: int = Field(2, ge=0, le=8, description="LightGCN layers of the ids")
+    dropout: float = Field(0.5, ge=0, lt=1, description="probability of the contrastive view's embedding dropout")
+    cl_weight: float = Field(1.0, ge=0, description="weight of the alignment and mask terms")
+
+
+class BM3(Baseline):
+    """Bootstrapping without negatives: an online view predicts a dropped-out, detached target view.
+
+    `H = 1/(L+1) sum_l Â^l E`, items get their layer 0 added (Eq. 2-5, residual); features `h^m = x^m W^m + b^m` (Eq. 1);
+    target `ḣ = h . Bernoulli(p)` (Eq. 6), prediction `h̃ = h W_p + b_p` (Eq. 7).
+    With `C(a, b) = -cos(a, b)` and targets detached (Eq. 8, 9):
+    `L_rec = C(h̃_u, ḣ_i) + C(ḣ_u, h̃_i)` (Eq. 10), `L_align = C(h̃^m, ḣ_i)` (Eq. 11), `L_mask = C(h̃^m, ḣ^m)` (Eq. 12),
+    `L = L_rec + w (L_align + L_mask) + λ ||Θ||^2` (Eq. 13); ranked by `h̃_u . h̃_i` (Eq. 14).
+    """
+
+    Settings = BM3Config
+    needs_features = True
+
+    def __init__(self, graph, features, dim, settings, generator=None) -> None:
+        super().__init__(graph, features, dim, settings, generator)
+        self.project = nn.ParameterList(self.dense(table.width, dim) for table in self.features)
+        self.offset = nn.ParameterList(nn.Parameter(torch.zeros(dim)) for _ in self.features)
+        self.predict_weight, self.predict_bias = self.dense(dim, dim), nn.Parameter(torch.zeros(dim))
+
+    def _online(self) -> tuple[Tensor, Tensor]:
+        users, items = self.split(ops.propagate(self.graph, self.table, self.settings.layers))
+        return users, items + self.split(self.table)[1]
+
+    def _predict(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.predict_bias, x, self.predict_weight)
+
+    def encode(self, generator=None) -> tuple[Tensor, Tensor]:
+        users, items = self._online()
+        return self._predict(users), self._predict(items)
+
+    def loss(self, users, candidates, generator) -> dict[str, Tensor]:
+        observed = candidates[:, 0]
+        every_user, every_item = self._online()
+        user, item = every_user.index_select(0, users), every_item.index_select(0, observed)
+        target_user, target_item = self._target(user, generator), self._target(item, generator)
+        rec = _distance(self._predict(user), target_item) + _distance(self._predict(item), target_user)
+        terms = {"rec": rec}
+        parts = zip(self.features, self.project, self.offset, strict=True)
+        content = [(table.project(w) + b).index_select(0, observed) for table, w, b in parts]
+        align = [_distance(self._predict(x), target_item) for x in content]
+        mask = [_distance(self._predict(x), self._target(x, generator)) for x in content]
+        terms["align"] = self.settings.cl_weight * torch.stack(align).mean()
+        terms["mask"] = self.settings.cl_weight * torch.stack(mask).mean()
+        return terms
+
+    def _target(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        return dropout(x, self.settings.dropout, generator).detach()
+
+
+def _distance(prediction: Tensor, target: Tensor) -> Tensor:
+    """`1 - mean cos`: Eq. 8 shifted to be non-negative."""
+    return 1.0 - nn.functional.cosine_similarity(prediction, target, dim=1).mean()

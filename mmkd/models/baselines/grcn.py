@@ -1,0 +1,75 @@
+"""GRCN: Graph-Refined Convolutional Network (Wei et al., ACM MM 2020)."""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from mmkd import ops
+from mmkd.models.baselines.base import Baseline, BaselineConfig
+from mmkd.models.lightgcn import initial_table
+
+
+class GRCNConfig(BaselineConfig):
+    """Settings of GRCN."""
+
+    layers: int = Field(2, ge=1, le=8, description="graph convolutions on the refined graph")
+    routings: int = Field(3, ge=1, le=8, description="iterations of the neighbour routing")
+
+
+class GRCN(Baseline):
+    """Edges whose items look unlike the user's prototype are faded before the id embeddings are propagated.
+
+    Prototype (section 3.2.1), per modality: `v_i = LeakyReLU(W X_i)`, and for a few rounds
+    `α_ui = softmax_{i in N(u)}(p_u . v_i)` (Eq. 3), `p_u <- norm(p_u + sum_i α_ui v_i)` (Eq. 2, 4).
+    Pruning (section 3.2.2): `s^m_ui = σ-free affinity softmax_{N(.)}(p_u . v_i)` in both directions (Eq. 5), confidence of the
+    modality `c_v^m` (base values, Eq. 8), `s_e = max_m ReLU(c_v^m s^m_e)` (Eq. 9).
+    Propagation (Eq. 10, 11): `e^(l) = sum_j s_vj e_j^(l-1)`, layers summed, then ids and content side by side (Eq. 12), BPR.
+    """
+
+    Settings = GRCNConfig
+    needs_features = True
+
+    def __init__(self, graph, features, dim, settings, generator=None) -> None:
+        super().__init__(graph, features, dim, settings, generator)
+        self.project = nn.ParameterList(self.dense(table.width, dim) for table in self.features)
+        self.prototype = nn.ParameterList(
+            nn.Parameter(initial_table(graph.num_users, dim, "xavier", generator)) for _ in self.features
+        )
+        self.confidence = nn.Parameter(torch.ones(graph.num_nodes, len(self.features)))
+        source = torch.repeat_interleave(torch.arange(graph.num_nodes, device=graph.device), graph.degree)
+        self.register_buffer("source", source, persistent=False)  # [2E], the row of every stored edge
+
+    def _affinity(self, nodes: Tensor) -> Tensor:
+        """`x_v . x_j` of every stored edge, softmax over the neighbours of v: `[2E]`."""
+        target = self.graph.col.long()
+        score = (nodes.index_select(0, self.source) * nodes.index_select(0, target)).sum(1)
+        peak = score.new_full((nodes.shape[0],), -torch.inf)
+        peak = peak.scatter_reduce(0, self.source, score.detach(), "amax")
+        weight = (score - peak[self.source]).exp()
+        total = weight.new_zeros(nodes.shape[0]).index_add(0, self.source, weight)
+        return weight / total[self.source]
+
+    def _refine(self) -> tuple[Tensor, list[Tensor]]:
+        """Edge weights `[2E]` of the refined graph, and every modality's `[p_u; v_i]`, `[N, d]`."""
+        weights, contents, g = [], [], self.graph
+        for index, (table, project) in enumerate(zip(self.features, self.project, strict=True)):
+            items = nn.functional.normalize(nn.functional.leaky_relu(table.project(project)), dim=1)
+            users = nn.functional.normalize(self.prototype[index], dim=1)
+            for _ in range(self.settings.routings):
+                nodes = torch.cat([users, items])
+                gathered = ops.spmm(g.rowptr, g.col, nodes, self._affinity(nodes))
+                users = nn.functional.normalize(users + gathered[: g.num_users], dim=1)
+            nodes = torch.cat([users, items])
+            contents.append(nodes)
+            weights.append(self._affinity(nodes) * self.confidence[self.source, index])
+        return torch.stack(weights).max(0).values.relu(), contents
+
+    def encode(self, generator=None) -> tuple[Tensor, Tensor]:
+        weight, contents = self._refine()
+        x = total = self.table
+        for _ in range(self.settings.layers):
+            x = ops.spmm(self.graph.rowptr, self.graph.col, x, weight)
+            total = total + x
+        return self.split(torch.cat([total, *contents], dim=1))

@@ -1,0 +1,93 @@
+"""LATTICE: Latent Structure Mining for Multimedia Recommendation (Zhang et al., ACM MM 2021)."""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from mmkd import ops
+from mmkd.models.baselines.base import Baseline, BaselineConfig
+
+SCORES_PER_BLOCK = 1 << 23
+
+
+class LATTICEConfig(BaselineConfig):
+    """Settings of LATTICE."""
+
+    layers: int = Field(3, ge=0, le=8, description="LightGCN layers on the user-item graph")
+    item_layers: int = Field(1, ge=1, le=4, description="graph convolutions on the item-item graph")
+    neighbors: int = Field(10, ge=1, le=1000, description="k of the kNN item-item graphs")
+    initial_share: float = Field(0.9, ge=0, le=1, description="λ, share of the raw-feature graph in the mixture")
+
+
+class LATTICE(Baseline):
+    """Item-item graphs mined from every modality, mixed, and added to a collaborative filter.
+
+    `S_ij^m = cos(x_i, x_j)` (Eq. 1), k largest per row kept (Eq. 2), `Ŝ = D^-1/2 S D^-1/2` (Eq. 3); the same on projected
+    features `x W + b` (Eq. 4) gives the learned graph; `A^m = λ Ŝ^m + (1 - λ) Â^m` (Eq. 6), `A = sum_m softmax(α)_m A^m`
+    (Eq. 7); `h^l = A h^(l-1)` from the item ids (Eq. 8); `x̂_i = x_i + h_i / ||h_i||` (Eq. 9) with `x_i` from LightGCN,
+    `y = x̂_u . x̂_i` (Eq. 10), BPR (Eq. 11). Which neighbours the learned graphs keep is chosen anew every epoch; their weights
+    are learned in every step.
+    """
+
+    Settings = LATTICEConfig
+    needs_features = True
+
+    def __init__(self, graph, features, dim, settings, generator=None) -> None:
+        super().__init__(graph, features, dim, settings, generator)
+        self.project = nn.ParameterList(self.dense(table.width, dim) for table in self.features)
+        self.offset = nn.ParameterList(nn.Parameter(torch.zeros(dim)) for _ in self.features)
+        self.importance = nn.Parameter(torch.full((len(self.features),), 1.0 / len(self.features)))
+        self.initial = [self._similar(nn.functional.normalize(table.prepared(), dim=1)) for table in self.features]
+        self.learned: list[Tensor] = []
+
+    def _similar(self, unit: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids `[I, k]` of the items most similar by cosine (an item is its own neighbour) and normalised weights."""
+        with torch.no_grad():
+            k = min(self.settings.neighbors, unit.shape[0])
+            rows = max(1, SCORES_PER_BLOCK // unit.shape[0])
+            ids = torch.cat([(block @ unit.T).topk(k, dim=1).indices for block in unit.split(rows)])
+            return ids, self._weights(unit, ids)
+
+    def _weights(self, unit: Tensor, ids: Tensor) -> Tensor:
+        """`D^-1/2 S D^-1/2` on the kept entries, `[I, k]`; negative similarities count as 0."""
+        every = torch.arange(unit.shape[0], device=unit.device)
+        scores = ops.list_scores(unit, unit, every, ids).clamp(min=0)
+        scale = scores.sum(1).clamp(min=1e-7).rsqrt()
+        return scale[:, None] * scores * scale[ids]
+
+    def begin_epoch(self, epoch: int) -> None:
+        with torch.no_grad():
+            self.learned = [self._similar(unit)[0] for unit in self._projected()]
+
+    def _projected(self) -> list[Tensor]:
+        parts = zip(self.features, self.project, self.offset, strict=True)
+        return [nn.functional.normalize(table.project(w) + b, dim=1) for table, w, b in parts]
+
+    def _convolve(self, x: Tensor) -> Tensor:
+        """`A x` for items `[I, d]`, modality by modality; the mixture itself is never built."""
+        if not self.learned:
+            self.begin_epoch(0)
+        total, share = 0.0, self.settings.initial_share
+        units = self._projected()
+        for m, weight in enumerate(self.importance.softmax(0).unbind()):
+            ids, values = self.initial[m]
+            learned = self._weights(units[m], self.learned[m])
+            total = total + weight * (
+                share * _gather(ids, values, x) + (1 - share) * _gather(self.learned[m], learned, x)
+            )
+        return total
+
+    def encode(self, generator=None) -> tuple[Tensor, Tensor]:
+        users, items = self.split(ops.propagate(self.graph, self.table, self.settings.layers))
+        hidden = self.split(self.table)[1]
+        for _ in range(self.settings.item_layers):
+            hidden = self._convolve(hidden)
+        return users, items + nn.functional.normalize(hidden, dim=1)
+
+
+def _gather(ids: Tensor, values: Tensor, x: Tensor) -> Tensor:
+    """`out_i = sum_k values_ik x_{ids_ik}`: a sparse product with the same number of entries in every row."""
+    rowptr = torch.arange(0, ids.numel() + 1, ids.shape[1], device=x.device)
+    return ops.spmm(rowptr, ids.flatten(), x, values.flatten())

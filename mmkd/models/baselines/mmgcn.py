@@ -1,0 +1,57 @@
+"""MMGCN: Multi-modal Graph Convolution Network (Wei et al., ACM MM 2019)."""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from mmkd import ops
+from mmkd.models.baselines.base import Baseline, BaselineConfig
+from mmkd.models.lightgcn import initial_table
+
+
+class MMGCNConfig(BaselineConfig):
+    """Settings of MMGCN."""
+
+    layers: int = Field(2, ge=1, le=8, description="graph convolutions of every modality")
+
+
+class MMGCN(Baseline):
+    """One graph convolution per modality on the user-item graph, tied together by the id embeddings.
+
+    For modality m, with `x_i` the projected feature of an item and `x_u` a free vector of a user:
+    `h = LeakyReLU(W1 mean_{j in N(v)} x_j)` (aggregation, Eq. 2, 3),
+    `x̂ = LeakyReLU(W2 x) + id` (Eq. 5), `x' = LeakyReLU(W3 h + x̂)` (combination, Eq. 6),
+    `v* = sum_m x^(L)` (Eq. 8), `y = u* . i*`, BPR (Eq. 9).
+    """
+
+    Settings = MMGCNConfig
+    needs_features = True
+
+    def __init__(self, graph, features, dim, settings, generator=None) -> None:
+        super().__init__(graph, features, dim, settings, generator)
+        self.project = nn.ParameterList(self.dense(table.width, dim) for table in self.features)
+        self.preference = nn.ParameterList(
+            nn.Parameter(initial_table(graph.num_users, dim, "xavier", generator)) for _ in self.features
+        )
+        count = settings.layers * len(self.features)
+        self.aggregate, self.transform, self.combine = (
+            nn.ParameterList(self.dense(dim, dim) for _ in range(count)) for _ in range(3)
+        )  # W1, W2, W3
+        degree = graph.degree.clamp(min=1)
+        self.register_buffer("inverse_degree", degree.float().reciprocal(), persistent=False)
+
+    def encode(self, generator=None) -> tuple[Tensor, Tensor]:
+        g, total, layer = self.graph, 0.0, 0
+        for table, weight, preference in zip(self.features, self.project, self.preference, strict=True):
+            content = nn.functional.normalize(table.project(weight), dim=1)
+            x = torch.cat([nn.functional.normalize(preference, dim=1), content])  # [N, d]
+            for _ in range(self.settings.layers):
+                mean = ops.spmm(g.rowptr, g.col, x, row_scale=self.inverse_degree)
+                hidden = nn.functional.leaky_relu(mean @ self.aggregate[layer])
+                own = nn.functional.leaky_relu(x @ self.transform[layer]) + self.table
+                x = nn.functional.leaky_relu(hidden @ self.combine[layer] + own)
+                layer += 1
+            total = total + x
+        return self.split(total)

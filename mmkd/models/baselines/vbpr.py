@@ -1,0 +1,32 @@
+"""VBPR: Visual Bayesian Personalized Ranking (He and McAuley, AAAI 2016), for any number of modalities."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mmkd.models.baselines.base import Baseline
+
+
+class VBPR(Baseline):
+    """`x_ui = β_i + γ_u . γ_i + sum_m (θ_u^m . E^m f_i^m + β'^m . f_i^m)` (Eq. 4, one content term a modality).
+
+    What depends on the user alone cancels in BPR (Eq. 6) and in a ranking, so it is left out. The score is written as
+    one inner product: users `[γ_u, θ_u, 1]`, items `[γ_i, E f_i, β_i + β' . f_i]`.
+    """
+
+    needs_features = True
+
+    def __init__(self, graph, features, dim, settings, generator=None) -> None:
+        super().__init__(graph, features, dim, settings, generator)
+        self.embedding = nn.ParameterList(self.dense(table.width, dim) for table in self.features)  # E
+        self.taste = nn.ParameterList(self.dense(graph.num_users, dim) for _ in self.features)  # θ
+        self.visual_bias = nn.ParameterList(nn.Parameter(torch.zeros(table.width, 1)) for table in self.features)  # β'
+        self.bias = nn.Parameter(torch.zeros(graph.num_items, 1))  # β
+
+    def encode(self, generator=None) -> tuple[Tensor, Tensor]:
+        users, items = self.split(self.table)
+        content = [table.project(weight) for table, weight in zip(self.features, self.embedding, strict=True)]
+        bias = self.bias + sum(t.project(w) for t, w in zip(self.features, self.visual_bias, strict=True))
+        ones = users.new_ones(users.shape[0], 1)
+        return torch.cat([users, *self.taste, ones], 1), torch.cat([items, *content, bias], 1)

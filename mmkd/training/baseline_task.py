@@ -1,0 +1,40 @@
+"""What trains any baseline of the registry: sampled lists in, the model's own loss, AdamW."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mmkd.data import Dataset
+from mmkd.models.baselines import Baseline
+from mmkd.training.stage import batches, seeded, to_tensors
+
+
+class BaselineTask:
+    """One step: the model's `loss` on a sampled batch plus its L2 term; randomness depends on (seed, epoch, step) alone."""
+
+    def __init__(self, name: str, model: Baseline, dataset: Dataset, seed: int) -> None:
+        self.name, self.model, self.seed = name, model, seed
+        self.sampler = batches(dataset, model.settings, model.negatives, seed)
+        self._epoch: int | None = None
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        rest = [p for name, p in self.model.named_parameters() if name != "table"]
+        groups = [{"params": [self.model.table]}]
+        if rest:
+            groups.append({"params": rest, "weight_decay": self.model.settings.weight_decay})
+        return torch.optim.AdamW(groups, lr=self.model.settings.lr, weight_decay=0.0, fused=True)
+
+    def step(self, epoch: int, step: int) -> dict[str, Tensor]:
+        if epoch != self._epoch:
+            self.model.begin_epoch(epoch)
+            self._epoch = epoch
+        device = self.model.graph.device
+        users, candidates = (t.to(device) for t in to_tensors(self.sampler.batch(epoch, step)))
+        terms = self.model.loss(users, candidates, seeded(self.seed, epoch, step, tag=7))
+        terms["l2"] = self.model.l2(users, candidates)
+        torch.stack(list(terms.values())).sum().backward()
+        return {name: value.detach() for name, value in terms.items()}
+
+    def tables(self) -> tuple[Tensor, Tensor]:
+        return self.model.tables()

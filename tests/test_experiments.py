@@ -1,0 +1,114 @@
+"""The paper's tables: written whole, resumed cell by cell, honest about significance."""
+
+from __future__ import annotations
+
+import csv
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from mmkd.cli import app
+from mmkd.config import load_config
+from mmkd.experiments import cells as cells_module
+from mmkd.experiments.cells import Study
+from mmkd.experiments.figures import mixing
+from mmkd.experiments.incremental import before
+from mmkd.experiments.tables import significance
+
+DATA = {"path": "synthetic", "options": {"num_users": 80, "num_items": 70, "num_interactions": 1500}}
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    config = load_config({"data": DATA, "progress": False, "threads": 1})
+    return Study(tmp_path_factory.mktemp("study"), config, seeds=5, quick=True)
+
+
+def test_table5_and_figure5_share_cells_and_are_read_back(study, monkeypatch):
+    from mmkd.experiments import figure5, table5, table8
+
+    path = table5(study)
+    text = path.read_text()
+    for word in ("w/o Prompt", "w/o PairKD", "w/o ListKD", "w/o disentangle", "w/o EmbKD", "MMKD", "What differs"):
+        assert word in text
+    rows = list(csv.DictReader((study.out / "table5.csv").read_text().splitlines()))
+    assert {r["method"] for r in rows} >= {"MMKD", "teacher", "w/o Prompt"} and float(rows[0]["recall@20"]) > 0
+    assert len(list((study.out / "teachers").iterdir())) == 2, "one teacher with the prompt, one without"
+
+    def refuse(*_, **__):
+        raise AssertionError("a finished cell was trained again")
+
+    monkeypatch.setattr(cells_module, "train", refuse)
+    assert table5(study).read_text().split("## ")[0] == text.split("## ")[0]
+    assert "student" in figure5(study).read_text() and (study.out / "figure5.png").stat().st_size > 5000
+    assert "item_emb0" in table8(study).read_text()
+
+
+def test_an_interrupted_cell_goes_on(study, monkeypatch):
+    from mmkd.training import stage
+
+    original, seen = stage.Stage._epoch, []
+
+    def stop(self, optimizer, state, *rest):
+        seen.append((self.task.name, state["epoch"]))
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return original(self, optimizer, state, *rest)
+
+    changes = {"model": "lightgcn", "lightgcn.lr": 0.004, "checkpoint_every": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(stage.Stage, "_epoch", stop)
+        with pytest.raises(KeyboardInterrupt):
+            study.cell(changes)
+    seen.clear()
+    monkeypatch.setattr(stage.Stage, "_epoch", lambda *a: seen.append(a[2]["epoch"]) or original(*a))
+    assert study.cell(changes).results["LightGCN"]["recall@20"] > 0
+    assert seen == [1], "the first epoch was not repeated"
+
+
+def test_the_search_decides_on_validation_and_later_cells_use_it(study, monkeypatch):
+    from mmkd.experiments import search as module
+
+    tried = []
+    fake = {(1e-3, 1e-4): 0.2, (1e-2, 1e-3): 0.3}
+
+    def cell(self, changes, seed=0):
+        assert self.dataset(0).test is None, "the search could see the test part"
+        tried.append(changes)
+        numbers = tuple(v for k, v in changes.items() if k != "model")
+        results = {title: {"recall@20": fake[numbers]} for title in module.TITLES.values()}
+        return cells_module.Cell(study.out, "val", results, {}, {})
+
+    alone = Study(study.out / "alone", study.config, seeds=1)
+    alone.quick = True
+    with monkeypatch.context() as patch:
+        patch.setattr(Study, "cell", cell)
+        assert "**0.3000**" in module.tune(alone).read_text()
+    assert len(tried) == 2 * len(module.SECTION)
+    tuned = alone.settings({"model": "ngcf"}, 0)
+    assert (tuned.models["ngcf"]["lr"], tuned.models["ngcf"]["l2"]) == (1e-2, 1e-3)
+    assert alone.settings({}, 0).teacher.lr == 1e-2 and alone.settings({"teacher.lr": 0.5}, 0).teacher.lr == 0.5
+
+
+def test_the_grown_graph_only_adds(study):
+    data = study.dataset(0)
+    old = before(data, 0)
+    assert 0.8 < old.train.nnz / data.train.nnz < 0.97
+    assert (old.train.multiply(data.train)).nnz == old.train.nnz and old.val is data.val
+
+
+def test_significance_and_mixing():
+    from scipy.stats import ttest_rel
+
+    a, b = np.array([0.30, 0.31, 0.33]), np.array([0.28, 0.30, 0.29])
+    assert significance(a, b) == f"{100 * (a.mean() / b.mean() - 1):+.2f} % (p = {ttest_rel(a, b).pvalue:.2g})"
+    assert "no test" in significance(a[:1], b[:1]) and "no test" in significance(a, a)
+    rng = np.random.default_rng(0)
+    apart = [rng.normal(size=(60, 5)) * 0.01 + np.eye(5)[k] for k in range(2)]
+    assert mixing(apart) == 0 and 0.4 < mixing([rng.normal(size=(60, 5)) for _ in range(2)]) < 0.6
+
+
+def test_the_command_names_what_it_knows():
+    result = CliRunner().invoke(app, ["reproduce", "table9"])
+    assert result.exit_code == 1
