@@ -13,8 +13,8 @@ import scipy.sparse as sp
 import torch
 import yaml
 
-from mmkd.config import Config
-from mmkd.data import Dataset
+from mmkd.config import Config, load_config
+from mmkd.data import Dataset, load
 from mmkd.files import write_atomic, write_json, write_text
 
 # Settings that may differ between a run and its resumption without changing a single number.
@@ -30,7 +30,7 @@ class RunFolder:
 
     Files: `config.yaml` (every setting, resolved), `run.json` (versions, seed, data fingerprint, results),
     `metrics.jsonl` (one line per look at validation), `checkpoints/<stage>.safetensors`, `student.safetensors`,
-    `teacher.safetensors`, `ids.npz`, `seen.npz`, `curves.png`, `summary.md`.
+    `teacher.safetensors`, `ids.npz`, `seen.npz`, `curves.png`, `summary.md`; after an update also `data/`, without a teacher.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -105,13 +105,41 @@ class RunFolder:
             lines[line["stage"], line["epoch"]] = line
         return list(lines.values())
 
-    def write_ids(self, dataset: Dataset) -> None:
-        """`ids.npz` (original ids, item names) and `seen.npz` (train and validation interactions)."""
+    def write_data(self, dataset: Dataset) -> None:
+        """`data/`: the interactions and ids as a folder that `mmkd.data.load` reads; features are not kept."""
+        path = self.path / "data"
+        path.mkdir(exist_ok=True)
+        for name, ids in (("user_ids", dataset.user_ids), ("item_ids", dataset.item_ids)):
+            write_atomic(path / f"{name}.npy", lambda temporary, ids=ids: np.save(temporary, _plain(ids)))
+        for part in ("train", "val", "test"):
+            matrix = getattr(dataset, part)
+            if matrix is not None:
+                write_atomic(path / f"{part}.npz", lambda temporary, m=matrix: sp.save_npz(temporary, m))
+
+    def dataset(self, path: str = "") -> Dataset:
+        """The data of the run: from `path`, else from its own `data/` folder, else from where its settings say.
+
+        Raises:
+            RunError: the data has changed since.
+        """
+        settings = load_config(self.path / "config.yaml")
+        d, own = settings.data, self.path / "data"
+        dataset = load(
+            path or (own if own.is_dir() else d.path), format=d.format, split=d.split, seed=settings.seed, **d.options
+        )
+        expected, got = self.info()["data"]["fingerprint"], dataset.fingerprint()
+        if expected != got:
+            raise RunError(f"{self.path}: the data has changed since (fingerprint {expected[:12]}, now {got[:12]})")
+        return dataset
+
+    def write_ids(self, dataset: Dataset, everything: bool = False) -> None:
+        """`ids.npz` (original ids, item names) and `seen.npz` (train and validation interactions, or everything)."""
         arrays = {"user_ids": _plain(dataset.user_ids), "item_ids": _plain(dataset.item_ids)}
         if dataset.item_names is not None:
             arrays["item_names"] = _plain(dataset.item_names)
         write_atomic(self.path / "ids.npz", lambda temporary: np.savez(temporary, **arrays))
-        seen = dataset.train if dataset.val is None else sp.csr_matrix(dataset.train + dataset.val)
+        parts = [dataset.train, dataset.val, dataset.test if everything else None]
+        seen = sp.csr_matrix(sum(part for part in parts[1:] if part is not None) + parts[0])
         seen.data = np.ones_like(seen.data)
         write_atomic(self.path / "seen.npz", lambda temporary: sp.save_npz(temporary, seen))
 

@@ -110,7 +110,7 @@ class _Run:
         heads = self._heads(teacher)
         student, stage = self._student(teacher, heads)
         tables = student.tables()
-        self._save_student(student, tables)
+        save_student(self.folder, student, tables)
         final.append(("MMKD student", student.table.numel(), stage.seconds, self._scorer(tables)))
         return self._report(final, heads)
 
@@ -190,12 +190,6 @@ class _Run:
         task = StudentTask(student, frozen, c, self.dataset, self.graph, self._modality_weights(heads))
         return student, self._stage(task, c.student)
 
-    def _save_student(self, student: LightGCN, tables: tuple[Tensor, Tensor]) -> None:
-        layer0 = student.table.detach().split([self.graph.num_users, self.graph.num_items])
-        named = dict(zip(("user_emb", "item_emb", "user_emb0", "item_emb0"), (*tables, *layer0), strict=True))
-        ready = {name: t.cpu().contiguous().clone() for name, t in named.items()}
-        write_atomic(self.folder.path / "student.safetensors", lambda temporary: save_file(ready, temporary))
-
     def _report(self, final: list, heads: dict[str, float]) -> RunResult:
         # The only place where the test part is read.
         part = "test" if self.dataset.test is not None and self.dataset.test.nnz else "val"
@@ -209,6 +203,14 @@ class _Run:
             seconds={row.method: round(row.seconds, 2) for row in self.rows}, finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         )  # fmt: skip
         return RunResult(self.folder.path, metrics, part, table)
+
+
+def save_student(folder: RunFolder, student: LightGCN, tables: tuple[Tensor, Tensor]) -> None:
+    """`student.safetensors`: final tables `user_emb`, `item_emb` and the layer-0 rows `user_emb0`, `item_emb0`."""
+    layer0 = student.table.detach().split([student.graph.num_users, student.graph.num_items])
+    named = dict(zip(("user_emb", "item_emb", "user_emb0", "item_emb0"), (*tables, *layer0), strict=True))
+    ready = {name: t.cpu().contiguous().clone() for name, t in named.items()}
+    write_atomic(folder.path / "student.safetensors", lambda temporary: save_file(ready, temporary))
 
 
 def _count(teacher: Teacher) -> int:
