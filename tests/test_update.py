@@ -243,11 +243,15 @@ def test_ids_keep_their_type(tmp_path):
 
 
 def test_random_split_keeps_the_only_trace_of_a_newcomer_in_train(tmp_path):
-    known = sp.csr_matrix(np.ones((5, 5), np.float32) - np.eye(5, dtype=np.float32))
-    users, items = np.repeat(np.arange(5, 65), 2), np.tile([0, 1], 60)
-    users[::2] = 0  # sixty users with one pair, and user 0 with sixty new items
-    items[::2] = np.arange(100, 160)
-    joined = join("d", known, np.arange(5), np.arange(5), RawInteractions(users, items, None), tmp_path, val_fraction=0)
+    known = sp.csr_matrix(np.eye(30, dtype=np.float32))
+    users, items = np.divmod(np.arange(60), 30)  # users 0 and 1 take in every known item,
+    users, items = (
+        np.append(users, [0] * 30 + list(range(100, 130))),
+        np.append(items, list(range(100, 130)) + [1] * 30),
+    )
+    rows = RawInteractions(users, items, None)  # and 30 new items and 30 new users have one pair each
+    joined = join("d", known, np.arange(30), np.arange(30), rows, tmp_path, val_fraction=0, test_fraction=0.3)
+    assert joined.dataset.test.nnz > 5
     degree = np.diff(joined.dataset.train.indptr)
     assert degree.min() >= 1 and np.bincount(joined.dataset.train.indices).min() >= 1
 

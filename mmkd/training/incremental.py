@@ -17,6 +17,7 @@ from torch import Tensor
 from mmkd import ops
 from mmkd.config import Config, ConfigError, UpdateConfig, load_config
 from mmkd.data.joining import Joined, join
+from mmkd.data.npz import write_npz
 from mmkd.data.sampling import Batch, Sampler, below, philox4x32
 from mmkd.data.table import read_interactions
 from mmkd.evaluation import evaluate, metrics
@@ -117,7 +118,7 @@ def _start(run: Path, new: Path, out: str | Path | None, settings: Config, joine
     if known["student"] != parent["student"]:
         raise RunError(f"run folder {path} was started from other weights than those in {run} now; use another --out")
     folder.update_info(parent=parent, new={"file": str(new.resolve()), "sha256": _sha256(new)})
-    folder.write_data(joined.dataset)
+    write_npz(joined.dataset, folder.path / "data")
     return folder
 
 

@@ -105,17 +105,6 @@ class RunFolder:
             lines[line["stage"], line["epoch"]] = line
         return list(lines.values())
 
-    def write_data(self, dataset: Dataset) -> None:
-        """`data/`: the interactions and ids as a folder that `mmkd.data.load` reads; features are not kept."""
-        path = self.path / "data"
-        path.mkdir(exist_ok=True)
-        for name, ids in (("user_ids", dataset.user_ids), ("item_ids", dataset.item_ids)):
-            write_atomic(path / f"{name}.npy", lambda temporary, ids=ids: np.save(temporary, _plain(ids)))
-        for part in ("train", "val", "test"):
-            matrix = getattr(dataset, part)
-            if matrix is not None:
-                write_atomic(path / f"{part}.npz", lambda temporary, m=matrix: sp.save_npz(temporary, m))
-
     def dataset(self, path: str = "") -> Dataset:
         """The data of the run: from `path`, else from its own `data/` folder, else from where its settings say.
 

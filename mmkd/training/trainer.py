@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mmkd.config import Config, ConfigError, StageConfig, load_config
@@ -81,7 +83,9 @@ def train(
         raise ConfigError(
             f"data set {dataset.name!r} has no item features, so there is no teacher to learn from; add <modality>_feat.npy"
         )
-    return _Run(settings, dataset, RunFolder.start(out, settings, dataset, resume)).run()
+    run = TwoStages(settings, dataset, RunFolder.start(out, settings, dataset, resume))
+    del dataset  # the run lets go of the features when the student's stage begins; nothing else here may hold them
+    return run.run()
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -92,13 +96,18 @@ def pick_device(wanted: str) -> torch.device:
     return torch.device("cuda" if wanted == "cuda" or (wanted == "auto" and has) else "cpu")
 
 
-class _Run:
+class TwoStages:
+    """Baselines, teacher and student of one run; `run` does all of it, the other methods are its steps."""
+
     def __init__(self, config: Config, dataset: Dataset, folder: RunFolder) -> None:
         self.config, self.dataset, self.folder = config, dataset, folder
         self.device = pick_device(config.device)
         self.graph: BipartiteGraph = dataset.graph().to(self.device)
         self.rows: list[Row] = []
-        self.steps = lambda s: -(-dataset.train.nnz // s.batch_size)
+
+    def steps(self, settings: StageConfig) -> int:
+        """Batches in an epoch."""
+        return -(-self.dataset.train.nnz // settings.batch_size)
 
     def run(self) -> RunResult:
         self.folder.write_ids(self.dataset)
@@ -106,22 +115,45 @@ class _Run:
         for name in self.config.baselines:
             final.append(self._baseline(name))
         teacher, seconds = self._teacher()
-        final.append(("teacher", _count(teacher), seconds, self._scorer(teacher.tables())))
+        final.append(("teacher", _count(teacher), seconds, self._scorer(self._keep("teacher", teacher.tables()))))
         heads = self._heads(teacher)
-        student, stage = self._student(teacher, heads)
-        tables = student.tables()
-        save_student(self.folder, student, tables)
-        final.append(("MMKD student", student.table.numel(), stage.seconds, self._scorer(tables)))
+        task = self.student_task(teacher, self._modality_weights(heads))
+        del teacher
+        self.release_features()
+        stage = self._stage(task, self.config.student)
+        path = save_student(self.folder, task.student, task.tables())
+        final.append(("MMKD student", task.student.table.numel(), stage.seconds, self._scorer(path)))
         return self._report(final, heads)
 
-    def _scorer(self, tables: tuple[Tensor, Tensor]) -> Callable[[str], dict[str, float]]:
-        return lambda part: evaluate(*tables, self.dataset, part, self.config.evaluation.ks)
+    def release_features(self) -> None:
+        """Lets go of the item features, mapped or not: the student's stage reads none."""
+        self.dataset = replace(self.dataset, features={})
+        gc.collect()
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc keeps freed blocks below 32 MB otherwise
+        if trim is not None:
+            trim(0)
+
+    def _keep(self, name: str, tables: tuple[Tensor, Tensor]) -> Path:
+        """Writes a model's final tables, so that they need not stay in memory until the end."""
+        path = self.folder.path / "checkpoints" / f"{name}-tables.safetensors"
+        ready = {f"{side}_emb": t.cpu().contiguous().clone() for side, t in zip(("user", "item"), tables, strict=True)}
+        write_atomic(path, lambda temporary: save_file(ready, temporary))
+        return path
+
+    def _scorer(self, path: Path) -> Callable[[str], dict[str, float]]:
+        """Evaluates the tables in a file when it is called."""
+
+        def score(part: str) -> dict[str, float]:
+            saved = load_file(path, device=str(self.device))
+            return evaluate(saved["user_emb"], saved["item_emb"], self.dataset, part, self.config.evaluation.ks)
+
+        return score
 
     def _baseline(self, name: str) -> tuple[str, int, float, Callable[[str], dict[str, float]]]:
         start, ks = time.perf_counter(), self.config.evaluation.ks
         if name == "lightgcn":
             model, result = self._lightgcn()
-            return "LightGCN", model.table.numel(), result.seconds, self._scorer(model.tables())
+            return "LightGCN", model.table.numel(), result.seconds, self._scorer(self._keep(name, model.tables()))
         model = (Popularity() if name == "popularity" else ItemKNN(metric="recall@20")).fit(self.dataset)
         seconds = time.perf_counter() - start
         return name, model.num_parameters, seconds, lambda part: evaluate_scores(model.scores, self.dataset, part, ks)
@@ -143,16 +175,21 @@ class _Run:
         log.info("%s: %d epochs, best %d%s, %.1f s", task.name, result.epochs, result.best_epoch, best, result.seconds)
         return result
 
-    def _teacher(self) -> tuple[Teacher, float]:
+    def build_teacher(self) -> Teacher:
+        """The untrained teacher with its prompt."""
         c, seed = self.config, self.config.seed
-        start = time.perf_counter()
         tables = [FeatureTable(name, x, c.teacher.features) for name, x in self.dataset.features.items()]
         prompt = Prompt(prompt_basis(tables, c.dim, seed), seeded(seed, 0, 0, tag=4))
-        teacher = Teacher(
+        return Teacher(
             self.graph, [t.to(self.device) for t in tables], prompt, layers=c.teacher.layers,
             feature_layers=c.teacher.feature_layers, feature_weight=c.teacher.feature_weight, strength=c.prompt.strength,
             norm=c.prompt.norm, init=c.teacher.init, generator=seeded(seed, 0, 0, tag=5),
         ).to(self.device)  # fmt: skip
+
+    def _teacher(self) -> tuple[Teacher, float]:
+        c = self.config
+        start = time.perf_counter()
+        teacher = self.build_teacher()
         preparation = time.perf_counter() - start
         result = self._stage(TeacherTask(teacher, c, self.dataset, self.graph), c.teacher)
         weights = {name: p.detach().cpu().contiguous() for name, p in teacher.named_parameters()}
@@ -179,16 +216,16 @@ class _Run:
             weights *= share**d.modality_power
         return weights.to(self.device)
 
-    def _student(self, teacher: Teacher, heads: dict[str, float]) -> tuple[LightGCN, StageResult]:
+    def student_task(self, teacher: Teacher, modality_weights: Tensor) -> StudentTask:
+        """What trains the student; of the teacher it keeps the collapsed constants and the prompt only."""
         c = self.config
-        frozen = FrozenTeacher(teacher).to(self.device)
         if c.student.init == "teacher":
             table = torch.cat(teacher.tables())
         else:
             table = initial_table(self.graph.num_nodes, c.dim, c.student.init, seeded(c.seed, 0, 0, tag=6))
         student = LightGCN(self.graph, table, c.student.layers).to(self.device)
-        task = StudentTask(student, frozen, c, self.dataset, self.graph, self._modality_weights(heads))
-        return student, self._stage(task, c.student)
+        frozen = FrozenTeacher(teacher).to(self.device)
+        return StudentTask(student, frozen, c, self.dataset, self.graph, modality_weights)
 
     def _report(self, final: list, heads: dict[str, float]) -> RunResult:
         # The only place where the test part is read.
@@ -205,12 +242,12 @@ class _Run:
         return RunResult(self.folder.path, metrics, part, table)
 
 
-def save_student(folder: RunFolder, student: LightGCN, tables: tuple[Tensor, Tensor]) -> None:
+def save_student(folder: RunFolder, student: LightGCN, tables: tuple[Tensor, Tensor]) -> Path:
     """`student.safetensors`: final tables `user_emb`, `item_emb` and the layer-0 rows `user_emb0`, `item_emb0`."""
     layer0 = student.table.detach().split([student.graph.num_users, student.graph.num_items])
     named = dict(zip(("user_emb", "item_emb", "user_emb0", "item_emb0"), (*tables, *layer0), strict=True))
     ready = {name: t.cpu().contiguous().clone() for name, t in named.items()}
-    write_atomic(folder.path / "student.safetensors", lambda temporary: save_file(ready, temporary))
+    return write_atomic(folder.path / "student.safetensors", lambda temporary: save_file(ready, temporary))
 
 
 def _count(teacher: Teacher) -> int:
