@@ -1,8 +1,9 @@
 """`mmkd update` against training again, on the demo's real purchases: the last tenth of the time joins a run on the rest.
 
-`python bench/bench_update.py FOLDER` trains the early run into FOLDER (kept, so that a second call only measures), then times
-the update and both ways to train again on the joined data, and writes FOLDER/update.json and a markdown table. All three are
-evaluated on the same held-out pairs, the latest ones. `pytest bench/bench_update.py` does the same with short training.
+`python bench/bench_update.py FOLDER [EPOCHS]` trains the early run into FOLDER (kept, so that a second call only measures;
+EPOCHS bounds every stage), then times the update and both ways to train again on the joined data, and writes
+FOLDER/update.json and a markdown table. All are evaluated on the same held-out pairs, the latest ones.
+`pytest bench/bench_update.py` does the same with short training.
 """
 
 from __future__ import annotations
@@ -112,6 +113,7 @@ if __name__ == "__main__":
     torch.set_num_threads(min(2, torch.get_num_threads()))
     target = Path(sys.argv[1])
     target.mkdir(parents=True, exist_ok=True)
-    found = measure(target, {"progress": False, "baselines": []})
+    bound = {"epochs": int(sys.argv[2])} if len(sys.argv) > 2 else {}
+    found = measure(target, {"progress": False, "baselines": [], "teacher": bound, "student": bound, "lightgcn": bound})
     write_json(target / "update.json", found)
     print(markdown(found))
