@@ -108,12 +108,12 @@ def of_size(
 ) -> Dataset:
     """A data set of a given size to measure time and memory with: nothing can be learned from it.
 
-    `num_pairs` train pairs of `random_interactions`, one random validation pair for at most 50,000 users, and normal
+    `num_pairs` train pairs of `random_interactions`, one random validation pair for at most 5,000 users, and normal
     float32 features `m0, m1, ...` of the given widths.
     """
     rng = np.random.default_rng(seed + 1)
     train = random_interactions(num_users, num_items, num_pairs, seed)
-    users = np.arange(min(num_users, 50_000))
+    users = np.arange(min(num_users, 5_000))
     held = (users, rng.integers(0, num_items, len(users)))
     known = np.isin(held[0] * num_items + held[1], train[0] * num_items + train[1])
     parts = {"train": train, "val": (held[0][~known], held[1][~known])}
