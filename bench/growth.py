@@ -55,7 +55,7 @@ def plot(folder: Path, target: Path) -> None:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    runs = [json.loads((folder / f"growth-{factor}.json").read_text()) for factor in FACTORS]
+    runs = [json.loads(path.read_text()) for k in FACTORS if (path := folder / f"growth-{k}.json").exists()]
     edges = [run["fixed"]["data"]["interactions"] for run in runs]
     series = {
         f"step, batch {BATCH:,}, s": [run["fixed"]["student"]["step_seconds"] for run in runs],
