@@ -9,14 +9,10 @@ import numpy as np
 import torch
 
 from mmkd import BipartiteGraph
+from mmkd.data.synthesis import PAPER_SIZES, random_interactions
 
-# users, items, interactions, feature widths (paper, Table 3; Amazon-Book for scale)
-SIZES = {
-    "tiktok": (14_343, 8_690, 276_637, (128, 128, 768)),
-    "netflix": (43_739, 17_239, 609_341, (512, 768)),
-    "electronics": (41_691, 21_479, 359_165, (4096, 1024)),
-    "amazon-book": (52_643, 91_599, 2_984_108, ()),
-}
+# the paper's Table 3, and Amazon-Book for scale: users, items, interactions, feature widths
+SIZES = {**PAPER_SIZES, "amazon-book": (52_643, 91_599, 2_984_108, ())}
 DIM, BATCH, NUM_CANDIDATES, NUM_MODALITIES = 64, 1024, 11, 2
 
 
@@ -29,18 +25,7 @@ def graph(name: str, seed: int = 0) -> BipartiteGraph:
 
 def random_graph(num_users: int, num_items: int, num_edges: int, seed: int = 0) -> BipartiteGraph:
     """The degree law of the benches at any size."""
-    rng = np.random.default_rng(seed)
-    user_weight = rng.lognormal(0.0, 1.0, num_users)
-    item_weight = 1.0 / np.arange(1, num_items + 1) ** 0.8
-    item_weight = item_weight[rng.permutation(num_items)]
-    user_weight, item_weight = user_weight / user_weight.sum(), item_weight / item_weight.sum()
-    pairs = np.empty(0, dtype=np.int64)
-    while pairs.size < num_edges:  # duplicates are drawn again until the count is exact
-        more = int((num_edges - pairs.size) * 1.2) + 16
-        drawn = rng.choice(num_users, more, p=user_weight) * num_items + rng.choice(num_items, more, p=item_weight)
-        pairs = np.unique(np.concatenate([pairs, drawn]))
-    pairs = rng.permutation(pairs)[:num_edges]
-    return BipartiteGraph.from_edges(pairs // num_items, pairs % num_items, num_users, num_items)
+    return BipartiteGraph.from_edges(*random_interactions(num_users, num_items, num_edges, seed), num_users, num_items)
 
 
 @dataclass

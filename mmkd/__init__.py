@@ -6,7 +6,7 @@ from mmkd import _library as _library  # first: without the compiled library the
 from mmkd import losses, ops
 from mmkd.graph import BipartiteGraph
 
-__all__ = ["BipartiteGraph", "__version__", "load", "losses", "ops", "train"]
+__all__ = ["BipartiteGraph", "__version__", "load", "losses", "ops", "train", "update"]
 
 
 def __getattr__(name: str):
@@ -15,6 +15,10 @@ def __getattr__(name: str):
         from mmkd.training import train
 
         return train
+    if name == "update":
+        from mmkd.training import update
+
+        return update
     if name == "load":
         from mmkd.serving import load
 

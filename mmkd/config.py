@@ -55,6 +55,20 @@ class LightGCNConfig(StageConfig):
     init: Literal["xavier", "normal"] = Field("xavier", description="start of the layer-0 table (normal: std 0.1)")
 
 
+class UpdateConfig(StageConfig):
+    """Fine-tuning of a finished student on new interactions (`mmkd update`, paper section 7.3.1)."""
+
+    lr: float = Field(1e-3, gt=0, le=1, description="AdamW learning rate")
+    batch_size: int = Field(1024, ge=1, description="(user, positive) pairs per step")
+    epochs: int = Field(20, ge=0, description="upper bound, one epoch = as many samples as new train pairs")
+    eval_every: int = Field(1, ge=1, description="epochs between two looks at validation")
+    new_share: float = Field(
+        0.5, ge=0, le=1, description="positives drawn from a user's new pairs; the others from all of his"
+    )
+    val_fraction: float = Field(0.1, ge=0, lt=1, description="share of the new pairs that chooses the epoch; 0: none")
+    test_fraction: float = Field(0.1, ge=0, lt=1, description="share of the new pairs for the final table; 0: none")
+
+
 class PromptConfig(_Section):
     """The prompt p = H W_P + b_P and how it enters the teacher (paper Eq. 3, 4)."""
 
@@ -164,6 +178,7 @@ class Config(_Section):
     student: StudentConfig = Field(default_factory=StudentConfig, description="second stage")
     distill: DistillConfig = Field(default_factory=DistillConfig, description="distillation losses")
     lightgcn: LightGCNConfig = Field(default_factory=LightGCNConfig, description="the undistilled LightGCN")
+    update: UpdateConfig = Field(default_factory=UpdateConfig, description="fine-tuning on new interactions")
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="metrics and selection")
     model: str = Field("mmkd", description="what to train: mmkd (teacher, then student), teacher, or a baseline")
     models: dict[str, dict[str, Any]] = Field(

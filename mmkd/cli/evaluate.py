@@ -21,21 +21,13 @@ def evaluate_run(
         from safetensors.torch import load_file
 
         from mmkd.config import load_config
-        from mmkd.data import load
         from mmkd.evaluation import evaluate
         from mmkd.serving import RunLoadError
         from mmkd.training.run_folder import RunFolder
 
         if not (run / "student.safetensors").exists():
             raise RunLoadError(f"{run}: no student.safetensors; it is no finished run folder")
-        settings = load_config(run / "config.yaml")
-        d = settings.data
-        dataset = load(data or d.path, format=d.format, split=d.split, seed=settings.seed, **d.options)
-        expected, got = RunFolder(run).info()["data"]["fingerprint"], dataset.fingerprint()
-        if expected != got:
-            raise RunLoadError(f"{run}: the data has changed since (fingerprint {expected[:12]}, now {got[:12]})")
+        dataset, ks = RunFolder(run).dataset(data), load_config(run / "config.yaml").evaluation.ks
         tables = load_file(run / "student.safetensors")
-        for name, value in evaluate(
-            tables["user_emb"], tables["item_emb"], dataset, part, settings.evaluation.ks
-        ).items():
+        for name, value in evaluate(tables["user_emb"], tables["item_emb"], dataset, part, ks).items():
             typer.echo(f"{part} {name:<14} {value:.4f}")

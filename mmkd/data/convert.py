@@ -7,12 +7,12 @@ import json
 from pathlib import Path
 
 import numpy as np
-from scipy import sparse
 
 from mmkd.files import make_folder, write_folder
 
 from .dataset import Dataset
 from .errors import DataError
+from .npz import write_npz
 
 __all__ = ["CONVERTERS", "convert"]
 
@@ -82,12 +82,7 @@ def _save_features(dataset: Dataset, folder: Path) -> None:
 
 
 def _write_npz(dataset: Dataset, folder: Path, lost: list[str]) -> None:
-    for part in _PARTS:
-        if getattr(dataset, part) is not None:
-            sparse.save_npz(folder / f"{part}.npz", getattr(dataset, part))
-    _save_features(dataset, folder)
-    np.save(folder / "user_ids.npy", _plain(dataset.user_ids))
-    np.save(folder / "item_ids.npy", _plain(dataset.item_ids))
+    write_npz(dataset, folder)
 
 
 def _write_json(dataset: Dataset, folder: Path, lost: list[str]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from scipy import sparse
 
+from ..files import write_atomic
 from .assemble import assemble
 from .dataset import Dataset
 from .errors import DataError
@@ -20,7 +21,7 @@ from .features import open_rows, resolve_features
 from .files import open_npz
 from .ids import read_ids
 
-__all__ = ["check_extent", "find_parts", "load_npz", "read_csr", "read_matrix"]
+__all__ = ["check_extent", "find_parts", "load_npz", "read_csr", "read_matrix", "write_npz"]
 
 PART_NAMES = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 _MEMBERS = {
@@ -84,6 +85,22 @@ def load_npz(
         source=str(folder),
         notes=("split: given",),
     )
+
+
+def write_npz(dataset: Dataset, folder: Path) -> Path:
+    """Writes a data set as a folder that `load_npz` reads back, features mapped; item names are not kept. Returns `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in ("train", "val", "test"):
+        matrix = getattr(dataset, part)
+        if matrix is not None:
+            write_atomic(folder / f"{part}.npz", lambda temporary, m=matrix: sparse.save_npz(temporary, m))
+    for what in ("user_ids", "item_ids"):
+        ids = getattr(dataset, what)
+        plain = ids if ids.dtype.kind in "iuU" else ids.astype(str)  # nothing that needs a pickle
+        write_atomic(folder / f"{what}.npy", lambda temporary, ids=plain: np.save(temporary, ids))
+    for name, values in dataset.features.items():
+        write_atomic(folder / f"{name}_feat.npy", lambda temporary, x=values: np.save(temporary, x))
+    return folder
 
 
 def _largest_item(

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from .assemble import assemble
 from .dataset import Dataset
+from .errors import DataWarning
 from .splits import by_label, random_by_user
 
-__all__ = ["synthetic"]
+__all__ = ["PAPER_SIZES", "of_size", "random_interactions", "synthetic"]
+
+# users, items, interactions, feature widths (paper, Table 3)
+PAPER_SIZES = {
+    "tiktok": (14_343, 8_690, 276_637, (128, 128, 768)),
+    "netflix": (43_739, 17_239, 609_341, (512, 768)),
+    "electronics": (41_691, 21_479, 359_165, (4096, 1024)),
+}
 
 _MAX_ROUNDS = 200
 
@@ -76,6 +85,42 @@ def synthetic(
     parts = by_label(users, items, labels, val_fraction > 0, test_fraction > 0)
     note = f"generated: taste {taste:g}, noise {noise:g}, seed {seed}"
     return assemble(name, parts, np.arange(num_users), np.arange(num_items), features, notes=(note,))
+
+
+def random_interactions(num_users: int, num_items: int, num_pairs: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Exactly `num_pairs` distinct (user, item) pairs: log-normal user degrees, Zipf-like item popularity, no taste."""
+    rng = np.random.default_rng(seed)
+    user_weight = rng.lognormal(0.0, 1.0, num_users)
+    item_weight = 1.0 / np.arange(1, num_items + 1) ** 0.8
+    item_weight = item_weight[rng.permutation(num_items)]
+    user_weight, item_weight = user_weight / user_weight.sum(), item_weight / item_weight.sum()
+    pairs = np.empty(0, dtype=np.int64)
+    while pairs.size < num_pairs:  # duplicates are drawn again until the count is exact
+        more = int((num_pairs - pairs.size) * 1.2) + 16
+        drawn = rng.choice(num_users, more, p=user_weight) * num_items + rng.choice(num_items, more, p=item_weight)
+        pairs = np.unique(np.concatenate([pairs, drawn]))
+    pairs = rng.permutation(pairs)[:num_pairs]
+    return pairs // num_items, pairs % num_items
+
+
+def of_size(
+    num_users: int, num_items: int, num_pairs: int, widths: Sequence[int], *, seed: int = 0, name: str = "sized"
+) -> Dataset:
+    """A data set of a given size to measure time and memory with: nothing can be learned from it.
+
+    `num_pairs` train pairs of `random_interactions`, one random validation pair for at most 5,000 users, and normal
+    float32 features `m0, m1, ...` of the given widths.
+    """
+    rng = np.random.default_rng(seed + 1)
+    train = random_interactions(num_users, num_items, num_pairs, seed)
+    users = np.arange(min(num_users, 5_000))
+    held = (users, rng.integers(0, num_items, len(users)))
+    known = np.isin(held[0] * num_items + held[1], train[0] * num_items + train[1])
+    parts = {"train": train, "val": (held[0][~known], held[1][~known])}
+    features = {f"m{i}": rng.standard_normal((num_items, width), dtype=np.float32) for i, width in enumerate(widths)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DataWarning)  # some users have no train item, as in any such draw
+        return assemble(name, parts, np.arange(num_users), np.arange(num_items), features, notes=("sizes only",))
 
 
 def _degrees(rng: np.random.Generator, num_users: int, num_items: int, total: int, sigma: float) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Two-stage training: teacher, then student."""
 
 from mmkd.training.checkpoint import CheckpointError
+from mmkd.training.incremental import update
 from mmkd.training.loggers import Logger
 from mmkd.training.run_folder import RunError
 from mmkd.training.stage import TrainingError
@@ -17,4 +18,5 @@ __all__ = [
     "TrainingError",
     "stop_on_signals",
     "train",
+    "update",
 ]

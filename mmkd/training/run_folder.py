@@ -17,8 +17,8 @@ import scipy.sparse as sp
 import torch
 import yaml
 
-from mmkd.config import Config, read_yaml
-from mmkd.data import Dataset
+from mmkd.config import Config, load_config, read_yaml
+from mmkd.data import Dataset, load
 from mmkd.files import append_line, make_folder, sweep, write_atomic, write_json, write_text
 from mmkd.training.loggers import Logger, Loggers
 
@@ -164,13 +164,31 @@ class RunFolder:
         if len(kept) != len(lines):
             write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
-    def write_ids(self, dataset: Dataset) -> None:
-        """`ids.npz` (original ids, item names) and `seen.npz` (interactions of train as 1, of validation as 2)."""
+    def dataset(self, path: str = "") -> Dataset:
+        """The data of the run: from `path`, else from its own `data/` folder, else from where its settings say.
+
+        Raises:
+            RunError: the data has changed since.
+        """
+        settings = load_config(self.path / "config.yaml")
+        d, own = settings.data, self.path / "data"
+        dataset = load(
+            path or (own if own.is_dir() else d.path), format=d.format, split=d.split, seed=settings.seed, **d.options
+        )
+        expected, got = self.info()["data"]["fingerprint"], dataset.fingerprint()
+        if expected != got:
+            raise RunError(f"{self.path}: the data has changed since (fingerprint {expected[:12]}, now {got[:12]})")
+        return dataset
+
+    def write_ids(self, dataset: Dataset, everything: bool = False) -> None:
+        """`ids.npz` (original ids, item names) and `seen.npz`: interactions of train as 1, of validation (and, with
+        `everything`, of test) as 2."""
         arrays = {"user_ids": _plain(dataset.user_ids), "item_ids": _plain(dataset.item_ids)}
         if dataset.item_names is not None:
             arrays["item_names"] = _plain(dataset.item_names)
         write_atomic(self.path / "ids.npz", lambda temporary: np.savez(temporary, **arrays))
-        seen = dataset.train if dataset.val is None else sp.csr_matrix(dataset.train + 2 * dataset.val)
+        held_out = [part for part in (dataset.val, dataset.test if everything else None) if part is not None]
+        seen = sp.csr_matrix(sum((2 * part for part in held_out), dataset.train))
         write_atomic(self.path / "seen.npz", lambda temporary: sp.save_npz(temporary, seen))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from mmkd import ops
 from mmkd.config import Config, StageConfig
 from mmkd.data import Dataset
+from mmkd.data.sampling import Sampler
 from mmkd.graph import BipartiteGraph
 from mmkd.models.lightgcn import LightGCN
 from mmkd.models.teacher import Teacher
@@ -31,10 +32,10 @@ class LightGCNTask:
 
     def __init__(
         self, model: LightGCN, settings: StageConfig, dataset: Dataset, graph: BipartiteGraph, seed: int,
-        name: str = "lightgcn",
+        name: str = "lightgcn", sampler: Sampler | None = None,
     ) -> None:  # fmt: skip
         self.name, self.model, self.settings, self.graph = name, model, settings, graph
-        self.sampler = batches(dataset, settings, 1, seed)
+        self.sampler = sampler or batches(dataset, settings, 1, seed)
         self.batch = Ahead(self._batch, self.sampler.num_steps)
 
     def _batch(self, epoch: int, step: int) -> NodeBatch:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -93,7 +95,9 @@ def train(
     listening = [*make_loggers(settings.log), *loggers]
     folder = RunFolder.start(out, settings, dataset, resume)
     with folder.held(listening):
-        return _Run(settings, dataset, folder, stop or Stop()).run()
+        run = Run(settings, dataset, folder, stop or Stop())
+        del dataset  # the run lets go of the features when the student's stage begins; nothing else here may hold them
+        return run.run()
 
 
 def _check_features(settings: Config, dataset: Dataset) -> None:
@@ -133,9 +137,11 @@ class Trained:
     layer0: Tensor | None = None
 
 
-class _Run:
-    def __init__(self, config: Config, dataset: Dataset, folder: RunFolder, stop: Stop) -> None:
-        self.config, self.dataset, self.folder, self.stop = config, dataset, folder, stop
+class Run:
+    """Everything one run trains; `run` does all of it, the other public methods are its steps."""
+
+    def __init__(self, config: Config, dataset: Dataset, folder: RunFolder, stop: Stop | None = None) -> None:
+        self.config, self.dataset, self.folder, self.stop = config, dataset, folder, stop or Stop()
         self.device = pick_device(config.device)
         self.compute = torch.bfloat16 if config.amp == "bf16" else None
         self.graph: BipartiteGraph = dataset.graph().to(self.device)
@@ -190,8 +196,12 @@ class _Run:
         task = LightGCNTask(model, s, self.dataset, self.graph, self.config.seed + 2)
         return model, self._stage(task, s)
 
+    def steps(self, settings: StageConfig) -> int:
+        """Batches in an epoch."""
+        return -(-self.dataset.train.nnz // settings.batch_size)
+
     def _stage(self, task, settings: StageConfig) -> StageResult:
-        steps = -(-self.dataset.train.nnz // settings.batch_size)
+        steps = self.steps(settings)
         result = Stage(task, settings, self.config, self.dataset, self.folder, steps, self.stop).run()
         best = (
             ""
@@ -210,18 +220,21 @@ class _Run:
             for name, x in self.dataset.features.items()
         ]
 
-    @cached_property
-    def _teacher(self) -> tuple[Teacher, float]:
-        """The trained teacher and its training time; `heads` is filled in."""
-        c, seed = self.config, self.config.seed
-        start = time.perf_counter()
-        tables = self._features()
+    def build_teacher(self) -> Teacher:
+        """The untrained teacher with its prompt."""
+        c, seed, tables = self.config, self.config.seed, self._features()
         prompt = Prompt(prompt_basis(tables, c.dim, seed), seeded(seed, 0, 0, tag=4))
-        teacher = Teacher(
+        return Teacher(
             self.graph, tables, prompt, layers=c.teacher.layers,
             feature_layers=c.teacher.feature_layers, feature_weight=c.teacher.feature_weight, strength=c.prompt.strength,
             norm=c.prompt.norm, init=c.teacher.init, generator=seeded(seed, 0, 0, tag=5), compute=self.compute,
         ).to(self.device)  # fmt: skip
+
+    @cached_property
+    def _teacher(self) -> tuple[Teacher, float]:
+        """The trained teacher and its training time; `heads` is filled in."""
+        c, start = self.config, time.perf_counter()
+        teacher = self.build_teacher()
         preparation = time.perf_counter() - start
         result = self._stage(TeacherTask(teacher, c, self.dataset, self.graph), c.teacher)
         weights = {name: p.detach().cpu().contiguous() for name, p in teacher.named_parameters()}
@@ -249,8 +262,9 @@ class _Run:
             weights *= share**d.modality_power
         return weights.to(self.device)
 
-    def _mmkd(self) -> Trained:
-        c, (teacher, _) = self.config, self._teacher
+    def student_task(self, teacher: Teacher, modality_weights: Tensor) -> StudentTask:
+        """What the second stage trains: the student, and the prompt through the frozen `teacher`."""
+        c = self.config
         frozen = FrozenTeacher(teacher, learn_prompt=c.prompt.lr > 0).to(self.device)
         if c.student.init == "match" and c.student.encoder != "mlp":
             table = matching_table(self.graph, torch.cat(teacher.tables()), c.student.layers)
@@ -259,20 +273,27 @@ class _Run:
         else:
             table = initial_table(self.graph.num_nodes, c.dim, c.student.init, seeded(c.seed, 0, 0, tag=6))
         student = ENCODERS[c.student.encoder](self.graph, table, c.student.layers, self.compute).to(self.device)
-        task = StudentTask(student, frozen, c, self.dataset, self.graph, self._modality_weights())
-        seconds = self._stage(task, c.student).seconds
+        return StudentTask(student, frozen, c, self.dataset, self.graph, modality_weights)
+
+    def release_features(self) -> None:
+        """Lets go of teacher and item features, mapped or not: the student's stage reads none."""
+        self.__dict__.pop("_teacher", None)
+        self.dataset = replace(self.dataset, features={})
+        gc.collect()
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc keeps freed blocks below 32 MB otherwise
+        if trim is not None:
+            trim(0)
+
+    def _mmkd(self) -> Trained:
+        task = self.student_task(self._teacher[0], self._modality_weights())
+        self.release_features()  # the last model of a run
+        seconds = self._stage(task, self.config.student).seconds
+        student = task.student
         return Trained("mmkd", _count(student), seconds, *self._scored(student.tables()), student.table)
 
     def _save_served(self, model: Trained) -> None:
-        """`student.safetensors`: what `mmkd recommend`, `eval` and `export` read."""
-        if model.tables is None:
-            return
-        named = dict(zip(("user_emb", "item_emb"), model.tables, strict=True))
-        if model.layer0 is not None:
-            layer0 = model.layer0.detach().split([self.graph.num_users, self.graph.num_items])
-            named |= dict(zip(("user_emb0", "item_emb0"), layer0, strict=True))
-        ready = {name: t.cpu().contiguous().clone() for name, t in named.items()}
-        write_atomic(self.folder.path / "student.safetensors", lambda temporary: save_file(ready, temporary))
+        if model.tables is not None:
+            save_student(self.folder, model.tables, model.layer0)
 
     def _report(self, trained: list[Trained]) -> RunResult:
         # The only place where the test part is read.
@@ -287,6 +308,18 @@ class _Run:
             seconds={row.method: round(row.seconds, 2) for row in rows}, finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         )  # fmt: skip
         return RunResult(self.folder.path, metrics, part, table)
+
+
+def save_student(folder: RunFolder, tables: tuple[Tensor, Tensor], layer0: Tensor | None) -> Path:
+    """Writes `student.safetensors`, what `mmkd recommend`, `eval`, `export` and `update` read: final rows, and layer-0
+    rows where the model has them."""
+    named = dict(zip(("user_emb", "item_emb"), tables, strict=True))
+    if layer0 is not None:
+        named |= dict(zip(("user_emb0", "item_emb0"), layer0.detach().split([len(t) for t in tables]), strict=True))
+    ready = {name: t.cpu().contiguous().clone() for name, t in named.items()}
+    path = folder.path / "student.safetensors"
+    write_atomic(path, lambda temporary: save_file(ready, temporary))
+    return path
 
 
 def _count(model: torch.nn.Module) -> int:
