@@ -45,6 +45,14 @@ def test_table5_and_figure5_share_cells_and_are_read_back(study, monkeypatch):
     assert "item_emb0" in table8(study).read_text()
 
 
+def test_figure3_and_table7_run(study):
+    from mmkd.experiments import figure3, table7
+
+    pytest.importorskip("sklearn")
+    assert "f^m without prompt" in figure3(study).read_text() and (study.out / "figure3.png").stat().st_size > 5000
+    assert "LATTICE" in table7(study).read_text()
+
+
 def test_an_interrupted_cell_goes_on(study, monkeypatch):
     from mmkd.training import stage
 

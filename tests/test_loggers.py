@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import mmkd
+from mmkd.config import Config
 from mmkd.training.loggers import Loggers, make_loggers
 from mmkd.training.run_folder import RunFolder
 
@@ -54,7 +55,7 @@ def test_an_own_logger_sees_what_metrics_jsonl_holds_and_a_broken_one_harms_nobo
         result = mmkd.train(SETTINGS, out=tmp_path / "r", loggers=[broken, recorder])
     assert [call[0] for call in broken.calls] == ["start"]
     (start, *epochs, finish), lines = recorder.calls, RunFolder(tmp_path / "r").metrics()
-    assert start[:2] == ("start", tmp_path / "r") and start[3] == 0.005
+    assert start[:2] == ("start", tmp_path / "r") and start[3] == Config().teacher.lr
     assert [{"stage": s, "epoch": e, **values} for s, e, values in epochs] == lines and len(lines) == 4
     assert finish == ("finish", result.rows)
     again = Recorder()
@@ -64,7 +65,7 @@ def test_an_own_logger_sees_what_metrics_jsonl_holds_and_a_broken_one_harms_nobo
 
 def test_a_failed_run_is_told(tmp_path, monkeypatch):
     recorder = Recorder()
-    monkeypatch.setattr("mmkd.training.trainer.FrozenTeacher", lambda *_: 1 / 0)
+    monkeypatch.setattr("mmkd.training.trainer.FrozenTeacher", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         mmkd.train(SETTINGS, out=tmp_path / "r", loggers=[recorder])
     assert recorder.calls[-1] == ("finish", None)

@@ -147,7 +147,7 @@ def test_a_prompt_that_does_not_learn_is_folded_into_the_constants(graph, norm):
         torch.testing.assert_close(mine, wanted.detach(), atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("mode", ["raw", "center", "standardize"])
+@pytest.mark.parametrize("mode", ["raw", "center", "standardize", "unit"])
 @pytest.mark.parametrize("stored", [np.float16, np.float32, np.int16, ">f4"], ids=str)
 def test_projection_from_the_stored_type_equals_the_prepared_product(mode, stored):
     x = (np.random.default_rng(0).standard_normal((70, 9)) * 4 + 6).astype(stored)

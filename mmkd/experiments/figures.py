@@ -95,9 +95,9 @@ def encoded(study: Study, cell: Cell, changes: dict[str, Any]) -> list[np.ndarra
     tables = [FeatureTable(name, x, config.teacher.features) for name, x in data.features.items()]
     prompt = Prompt(prompt_basis(tables, config.dim, config.seed))
     teacher = Teacher(data.graph(), tables, prompt, strength=config.prompt.strength, norm=config.prompt.norm)
-    teacher.load_state_dict(load_file(cell.path / "teacher.safetensors"), strict=False)
+    teacher.load_state_dict(load_file(cell.path / "teacher.safetensors"))
     with torch.no_grad():
-        return [x.numpy() for x in teacher.project(prompt()).chunk(len(tables), dim=1)]
+        return [x.numpy() for x in teacher.project().chunk(len(tables), dim=1)]
 
 
 def mixing(groups: list[np.ndarray]) -> float:

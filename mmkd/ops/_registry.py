@@ -102,7 +102,8 @@ def namespace(which: str):
 
 def call(which: str, name: str, *args):
     """Runs schema op `name` of the implementation `which`, differentiably."""
-    if which == "triton" or name not in _eager or torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return getattr(namespace(which), name)(*args)
-    asked = any(isinstance(a, torch.Tensor) and a.requires_grad for a in args)
-    return _eager[name].apply(*args) if asked else getattr(torch.ops.mmkd, name)(*args)
+    ops = namespace(which)
+    eager = ops is torch.ops.mmkd and name in _eager and not torch.compiler.is_compiling() and torch.is_grad_enabled()
+    if eager and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
+        return _eager[name].apply(*args)
+    return getattr(ops, name)(*args)

@@ -16,7 +16,7 @@ from mmkd.models.lightgcn import initial_table
 
 
 class BaselineConfig(StageConfig):
-    """Settings every trained baseline has; the defaults were chosen on the validation part of `tiktok`."""
+    """Settings every trained baseline has; the defaults are starting points, `mmkd reproduce search` tunes them."""
 
     lr: float = Field(1e-3, gt=0, le=1, description="AdamW learning rate")
     batch_size: int = Field(2048, ge=1, description="(user, positive) pairs per step")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from contextlib import contextmanager
 
@@ -22,18 +21,14 @@ ops = torch.ops.mmkd_simt
 @contextmanager
 def doors():
     """The doors of `mmkd.ops` take CPU tensors to the CUDA entries."""
-    names = ("bpr_kd", "emb_kd", "list_kd", "spmm", "topk")
-    modules = [importlib.import_module(f"mmkd.ops.{name}") for name in names]
-    before = backends.resolve
-    for module in modules:
-        module.namespace = lambda which: ops
+    before, namespace = backends.resolve, _registry.namespace
+    _registry.namespace = lambda which: ops
     backends.resolve = lambda op, x, impl="auto": before(op, x, impl) if impl in ("reference", "cpp") else "cuda"
     try:
         yield
     finally:
         backends.resolve = before
-        for module in modules:
-            module.namespace = _registry.namespace
+        _registry.namespace = namespace
 
 
 for register in _registry._registrations:
