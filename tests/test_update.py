@@ -29,7 +29,7 @@ from mmkd.training.run_folder import RunFolder
 SETTINGS = {
     "dim": 16, "progress": False, "baselines": [], "checkpoint_every": 1, "evaluation": {"ks": [20]},
     "teacher": {"epochs": 12, "eval_every": 4, "batch_size": 512, "lr": 0.01, "layers": 2},
-    "student": {"epochs": 2, "eval_every": 1, "batch_size": 512, "layers": 2},
+    "student": {"epochs": 2, "eval_every": 1, "batch_size": 512, "layers": 2, "init": "teacher"},
     "update": {"epochs": 6, "batch_size": 128, "lr": 0.01},
 }  # fmt: skip
 OLD_USERS, OLD_ITEMS = 180, 190
@@ -135,10 +135,10 @@ def test_a_resumed_update_ends_bit_equal(world, updated, tmp_path, monkeypatch):
 
     original = stage.Stage._epoch
 
-    def stop(self, optimizer, epoch, *rest):
-        if epoch == 2:
+    def stop(self, optimizer, state, *rest):
+        if state["epoch"] == 2:
             raise KeyboardInterrupt
-        return original(self, optimizer, epoch, *rest)
+        return original(self, optimizer, state, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(stage.Stage, "_epoch", stop)
