@@ -101,8 +101,8 @@ def table(stage: str, events, steps: int, plain_ms: float) -> str:
 
 
 def _plain_name(key: str) -> str:
-    """The op's name, also for the wrappers that autograd generates around an op and its backward."""
-    name = key.removeprefix("GeneratedBackwardFor_mmkd_")
-    if name == key:
+    """The op's name, also for the autograd nodes around an op and its backward."""
+    name = key.removeprefix("GeneratedBackwardFor_")
+    if not name.startswith("mmkd_"):
         return key
-    return "mmkd::" + name.replace("_defaultBackward", "_backward").removesuffix("_default")
+    return "mmkd::" + name.removeprefix("mmkd_").replace("_default", "").replace("Backward", "_backward")
