@@ -16,7 +16,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-_TEMPORARY = re.compile(r"\.[^/]*\.[0-9a-f]{8}\.part(\.[^./]+)?")
+_TEMPORARY = re.compile(
+    r"\.[^/]*\.[0-9a-f]{8}\.part(\.[^./]+)?|\.tmp[A-Za-z0-9]{6}"
+)  # ours, and those safetensors makes beside its file
 _EXCHANGE = 2  # RENAME_EXCHANGE of linux/fs.h
 
 
