@@ -100,7 +100,9 @@ def load_json(
 
 def _sorted_ids(ids: np.ndarray) -> np.ndarray:
     if all(text.isascii() and text.isdecimal() for text in ids.tolist()):
-        return np.asarray(sorted(ids.tolist(), key=lambda text: (int(text), text)), dtype=str)
+        # by value, without int(): Python refuses numbers of more than 4,300 digits
+        digits = [(text.lstrip("0"), text) for text in ids.tolist()]
+        return np.asarray([text for _, text in sorted(digits, key=lambda d: (len(d[0]), *d))], dtype=str)
     return ids
 
 
