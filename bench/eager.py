@@ -44,7 +44,7 @@ class EagerTeacher(nn.Module):
     def __init__(self, teacher: Teacher, layout: str) -> None:
         super().__init__()
         self.graph, self.layers = EagerGraph(teacher.graph, layout), teacher.layers
-        self.strength, self.feature_weight = teacher.strength, teacher.feature_weight
+        self.strength, self.omega = teacher.strength, teacher.omega.tolist()
         self.features, self.basis = [prepared(table) for table in teacher.features], teacher.prompt.basis
         self.table = nn.Parameter(teacher.table.detach().clone())
         self.weights = nn.ParameterList(w.detach().clone() for w in teacher.weights)
@@ -69,7 +69,7 @@ class EagerTeacher(nn.Module):
             hidden = hidden if masks is None else hidden * masks[m]
             users.append(torch.sparse.mm(self.graph.users_from_items, hidden))
             items.append(torch.sparse.mm(self.graph.items_from_users, users[m]))
-            joint = joint + self.feature_weight * row_normalize(torch.cat([users[m], items[m]]))
+            joint = joint + self.omega[m] * row_normalize(torch.cat([users[m], items[m]]))
         return joint, users, items, prompt
 
 

@@ -101,6 +101,12 @@ class TeacherConfig(StageConfig):
         "float32", description="type of both factors in X W and in its gradient; bfloat16 where the processor has it"
     )
     feature_weight: float = Field(1.0, ge=0, description="omega, weight of the row-normalised F^m in E^T")
+    fusion: Literal["validation", "fixed"] = Field(
+        "validation",
+        description="omega of modality m: as given; or that times min(1, recall of its head / recall of the id part)^power, "
+        "read at every look at validation",
+    )
+    fusion_power: float = Field(2.0, ge=0, description="the power in fusion=validation")
     modality_loss: float = Field(0.5, ge=0, description="mu, weight of each modality head's own BPR")
     prompt_loss: float = Field(0.1, ge=0, description="nu, weight of the prompt's own BPR")
     dropout: float = Field(0.2, ge=0, le=0.99, description="dropout on the projected features f^m")

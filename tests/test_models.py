@@ -55,7 +55,8 @@ def written_out(teacher, graph):
     a[: graph.num_users, graph.num_users :], a[graph.num_users :, : graph.num_users] = r, r.T
     joint = sum(torch.linalg.matrix_power(a, layer) @ teacher.table for layer in range(3)) / 3
     users, items = [], []
-    for table, w, b in zip(teacher.features, teacher.weights, teacher.biases, strict=True):
+    parts = zip(teacher.features, teacher.weights, teacher.biases, teacher.omega, strict=True)
+    for table, w, b, omega in parts:
         x = torch.cat(list(table.blocks()))
         pm = p @ (p.T @ x)
         pm = pm / graph.num_items if teacher.norm == "mean" else pm / pm.norm(dim=1, keepdim=True).clamp_min(1e-12)
@@ -66,7 +67,7 @@ def written_out(teacher, graph):
         users.append(fu)
         items.append(f)
         both = torch.cat([fu, f])
-        joint = joint + teacher.feature_weight * both / both.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        joint = joint + omega * both / both.norm(dim=1, keepdim=True).clamp_min(1e-12)
     return joint, torch.stack(users), torch.stack(items)
 
 

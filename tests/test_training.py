@@ -13,13 +13,16 @@ import mmkd
 from mmkd import ops
 from mmkd.config import Config, ConfigError
 from mmkd.data import synthetic
-from mmkd.evaluation import evaluate
+from mmkd.evaluation import evaluate, evaluate_scores
 from mmkd.graph import BipartiteGraph
+from mmkd.models.baselines.popularity import Popularity
 from mmkd.models.lightgcn import LightGCN, initial_table
 from mmkd.training import CheckpointError, RunError, TrainingError
 from mmkd.training.checkpoint import load_checkpoint, save_checkpoint
+from mmkd.training.fusion import Gate
 from mmkd.training.run_folder import RunFolder
 from mmkd.training.stage import add_l2, node_batch
+from mmkd.training.trainer import Run
 
 QUICK = {
     "dim": 8, "progress": False, "checkpoint_every": 1, "baselines": ["popularity"],
@@ -250,3 +253,32 @@ def test_batches_made_ahead_are_those_asked_for():
     assert made.count((0, 1)) == 1
     with pytest.raises(ValueError, match="of the background thread"):
         ahead(2, 0)
+
+
+def test_a_modality_that_ranks_badly_counts_for_little(dataset, tmp_path):
+    run = Run(quick(), dataset, RunFolder.start(tmp_path / "a", quick(), dataset, False))
+    teacher = run.build_teacher()
+    items = np.linalg.svd(dataset.train.toarray(), full_matrices=False)[2][: teacher.table.shape[1]]
+    with (
+        torch.no_grad()
+    ):  # the ids are the right singular vectors, and the users' means of them; the first head knows nothing
+        item_rows = torch.from_numpy(items.T.astype(np.float32))
+        teacher.table.copy_(torch.cat([torch.from_numpy(dataset.train @ items.T).float(), item_rows]))
+        for weight in teacher.weights[:1]:
+            weight.zero_()
+    Gate(teacher, dataset, "recall@20", weight=0.7, power=2.0)()
+    out = teacher()
+    ids = evaluate(*teacher.split(out.ids.detach()), dataset, "val", (20,))["recall@20"]
+    floor = evaluate_scores(Popularity().fit(dataset).scores, dataset, "val", (20,))["recall@20"]
+    for m, (users, rows) in enumerate(zip(out.users, out.items, strict=True)):
+        head = evaluate(users.detach(), rows.detach(), dataset, "val", (20,))["recall@20"]
+        assert float(teacher.omega[m]) == pytest.approx(0.7 * min(1, head / max(ids, floor)) ** 2, rel=1e-5)
+    assert teacher.omega[0] < 0.5 * 0.7 and not teacher.omega.requires_grad
+
+
+def test_omega_is_saved_with_the_teacher_and_may_be_fixed(finished, dataset, tmp_path):
+    gated = load_file(finished.path / "teacher.safetensors")["omega"]
+    assert (gated != 1).any() and (gated >= 0).all()
+    config = quick(model="teacher", teacher={"fusion": "fixed", "feature_weight": 0.7}, baselines=[])
+    mmkd.train(config, out=tmp_path / "fixed", dataset=dataset)
+    assert load_file(tmp_path / "fixed" / "teacher.safetensors")["omega"].tolist() == pytest.approx([0.7] * len(gated))

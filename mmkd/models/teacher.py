@@ -23,11 +23,13 @@ class TeacherOutput:
 
     Attributes:
         joint: ``E^T``, ``[N, d]`` (or the asked rows).
+        ids: its part without features, ``propagate(id)``, ``[N, d]`` (or the asked rows).
         users: ``F_u^m``, ``[M, U, d]`` (or the asked users).
         items: ``F_i^m``, ``[M, I, d]`` (or the asked items).
     """
 
     joint: Tensor
+    ids: Tensor
     users: Tensor
     items: Tensor
 
@@ -82,7 +84,7 @@ class Teacher(nn.Module):
     """Graph encoder of ids plus prompt-guided encoders of every modality.
 
     ``f^m = dropout(X^m W^m + lambda_1 c p (p^T (X^m W^m)) + b^m)``, ``F_u^m = R_hat f^m``, ``F_i^m = R_hat^T F_u^m``,
-    ``E^T = propagate(id) + omega sum_m rownorm(F^m)``.
+    ``E^T = propagate(id) + sum_m omega_m rownorm(F^m)``. ``omega`` is stored with the weights but gets no gradient.
 
     Args:
         graph: train interactions.
@@ -90,7 +92,7 @@ class Teacher(nn.Module):
         prompt: module that gives ``p``.
         layers: ``L_T`` of the id part.
         feature_layers: times ``R_hat``, ``R_hat^T`` are applied.
-        feature_weight: ``omega``.
+        feature_weight: every ``omega_m``, to begin with.
         strength: ``lambda_1``.
         norm: ``"mean"`` or ``"row"``, the scale of ``p^m``.
         dropout: probability on ``f^m``, in training only.
@@ -125,7 +127,7 @@ class Teacher(nn.Module):
             raise ValueError(f"norm: expected mean or row, got {norm!r}")
         dim, dtype = prompt.weight.shape[1], prompt.weight.dtype
         self.graph, self.features, self.prompt = graph, list(features), prompt
-        self.layers, self.feature_layers, self.feature_weight = layers, feature_layers, feature_weight
+        self.layers, self.feature_layers = layers, feature_layers
         self.strength, self.norm, self.dropout, self.compute = strength, norm, dropout, compute
         self.table = nn.Parameter(initial_table(graph.num_nodes, dim, init, generator, dtype))
         self.weights = nn.ParameterList(
@@ -133,6 +135,7 @@ class Teacher(nn.Module):
             for table in features
         )
         self.biases = nn.ParameterList(torch.zeros(dim, dtype=dtype) for _ in features)
+        self.omega = nn.Parameter(torch.full((len(self.features),), feature_weight, dtype=dtype), requires_grad=False)
         self.register_buffer("user_design", None, persistent=False)
         self._constants()
 
@@ -201,25 +204,21 @@ class Teacher(nn.Module):
             users = users.index_select(0, rows[:num_users])
             items = items.index_select(0, rows[num_users:] - self.graph.num_users)
         own = self.table.dtype
-        joint, users, items = self.id_embeddings(rows).to(own), users.to(own), items.to(own)
-        return combine(joint, users, items, self.feature_weight, len(self.features))
+        users, items = (torch.stack(x.to(own).chunk(len(self.features), 1)) for x in (users, items))  # [M, n, d]
+        ids = self.id_embeddings(rows).to(own)
+        return TeacherOutput(combine(ids, torch.cat([users, items], 1), self.omega), ids, users, items)
 
     def tables(self) -> tuple[Tensor, Tensor]:
         """``E^T`` of users ``[U, d]`` and items ``[I, d]``, without dropout or gradient."""
         with torch.no_grad():
-            users, items = self().joint.split([self.graph.num_users, self.graph.num_items])
+            return self.split(self().joint)
+
+    def split(self, table: Tensor) -> tuple[Tensor, Tensor]:
+        """A table of all nodes as that of the users and that of the items."""
+        users, items = table.split([self.graph.num_users, self.graph.num_items])
         return users, items
 
 
-def combine(
-    joint: Tensor,
-    users: Tensor,
-    items: Tensor,
-    feature_weight: float,
-    modalities: int,
-) -> TeacherOutput:
-    """``E^T = joint + omega sum_m rownorm(F^m)`` from ``[n_u, M d]`` and ``[n_i, M d]`` feature tables."""
-    users = torch.stack(users.chunk(modalities, dim=1))  # [M, n_u, d]
-    items = torch.stack(items.chunk(modalities, dim=1))
-    shared = torch.cat((row_normalize(users).sum(0), row_normalize(items).sum(0)))
-    return TeacherOutput(joint + feature_weight * shared, users, items)
+def combine(ids: Tensor, features: Tensor, omega: Tensor) -> Tensor:
+    """``E^T = ids + sum_m omega_m rownorm(F^m)``, ``[n, d]``, from ``[n, d]``, ``[M, n, d]`` and ``[M]``."""
+    return ids + (omega[:, None, None] * row_normalize(features)).sum(0)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mmkd import ops
 from mmkd.graph import BipartiteGraph
 from mmkd.models.prompt import Prompt
-from mmkd.models.teacher import Teacher, TeacherOutput, prompt_parts, row_normalize, spread
+from mmkd.models.teacher import Teacher, TeacherOutput, combine, prompt_parts, spread
 
 
 class FrozenTeacher(nn.Module):
@@ -39,10 +39,11 @@ class FrozenTeacher(nn.Module):
         self.graph: BipartiteGraph = teacher.graph
         self.prompt: Prompt = teacher.prompt
         self.modalities = len(teacher.features)
-        self.feature_layers, self.feature_weight = teacher.feature_layers, teacher.feature_weight
+        self.feature_layers = teacher.feature_layers
         self.strength, self.norm = teacher.strength, teacher.norm
         with torch.no_grad():
-            self._constant("joint", teacher.id_embeddings())  # [N, d]
+            self._constant("ids", teacher.id_embeddings())  # [N, d]
+            self._constant("omega", teacher.omega.detach().clone())  # [M]
             if learn_prompt and self.strength:
                 self._build(teacher)
             else:
@@ -112,14 +113,15 @@ class FrozenTeacher(nn.Module):
 
     def combine(self, nodes: Tensor, features: Tensor) -> Tensor:
         """``E^T`` at node ids ``[n]`` from ``F^m`` at them: ``[n, d]`` from ``[M, n, d]``."""
-        return self.joint.index_select(0, nodes) + self.feature_weight * row_normalize(features).sum(0)
+        return combine(self.ids.index_select(0, nodes), features, self.omega)
 
     def forward(self, rows: Tensor | None = None, num_users: int | None = None) -> TeacherOutput:
         """Teacher outputs at node ids ``rows`` (users first, ``num_users`` of them), or at all nodes."""
         if rows is None:
-            rows, num_users = torch.arange(self.graph.num_nodes, device=self.joint.device), self.graph.num_users
+            rows, num_users = torch.arange(self.graph.num_nodes, device=self.ids.device), self.graph.num_users
         features = self.at(rows, self.state())
-        return TeacherOutput(self.combine(rows, features), features[:, :num_users], features[:, num_users:])
+        joint, ids = self.combine(rows, features), self.ids.index_select(0, rows)
+        return TeacherOutput(joint, ids, features[:, :num_users], features[:, num_users:])
 
 
 def _pick(table: Tensor, dim: int, rows: Tensor | slice) -> Tensor:

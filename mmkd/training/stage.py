@@ -184,9 +184,9 @@ class Stage:
 
     def __init__(
         self, task: Task, settings: StageConfig, config: Config, dataset: Dataset, folder: RunFolder, steps: int,
-        stop: Stop | None = None,
+        stop: Stop | None = None, before_look: Callable[[], object] | None = None,
     ) -> None:  # fmt: skip
-        self.task, self.settings, self.config = task, settings, config
+        self.task, self.settings, self.config, self.before_look = task, settings, config, before_look
         self.dataset, self.folder, self.steps = dataset, folder, steps
         self.stop = stop or Stop()
         self.path = folder.checkpoint(task.name)
@@ -337,6 +337,8 @@ class Stage:
 
     def _validate(self, state: dict, best: dict[str, Tensor]) -> dict[str, float]:
         self._check_weights(state)
+        if self.before_look is not None:
+            self.before_look()
         metric = self.config.evaluation.metric
         cutoffs = sorted({20, int(metric.partition("@")[2])})
         values = evaluate(*self.task.tables(), self.dataset, "val", cutoffs)

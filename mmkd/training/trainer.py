@@ -29,6 +29,7 @@ from mmkd.models.student import ENCODERS
 from mmkd.models.teacher import Teacher
 from mmkd.training.baseline_task import BaselineTask
 from mmkd.training.collapse import FrozenTeacher
+from mmkd.training.fusion import Gate
 from mmkd.training.loggers import Logger, make_loggers
 from mmkd.training.run_folder import RunFolder
 from mmkd.training.stage import Stage, StageResult, seeded
@@ -200,9 +201,9 @@ class Run:
         """Batches in an epoch."""
         return -(-self.dataset.train.nnz // settings.batch_size)
 
-    def _stage(self, task, settings: StageConfig) -> StageResult:
+    def _stage(self, task, settings: StageConfig, before_look: Callable[[], object] | None = None) -> StageResult:
         steps = self.steps(settings)
-        result = Stage(task, settings, self.config, self.dataset, self.folder, steps, self.stop).run()
+        result = Stage(task, settings, self.config, self.dataset, self.folder, steps, self.stop, before_look).run()
         best = (
             ""
             if result.best_metric is None
@@ -236,11 +237,17 @@ class Run:
         c, start = self.config, time.perf_counter()
         teacher = self.build_teacher()
         preparation = time.perf_counter() - start
-        result = self._stage(TeacherTask(teacher, c, self.dataset, self.graph), c.teacher)
+        result = self._stage(TeacherTask(teacher, c, self.dataset, self.graph), c.teacher, self._gate(teacher))
         weights = {name: p.detach().cpu().contiguous() for name, p in teacher.named_parameters()}
         write_atomic(self.folder.path / "teacher.safetensors", lambda temporary: save_file(weights, temporary))
         self.heads = self._head_recall(teacher)
         return teacher, preparation + result.seconds
+
+    def _gate(self, teacher: Teacher) -> Gate | None:
+        t, part = self.config.teacher, self.dataset.val
+        if t.fusion == "fixed" or part is None or not part.nnz:
+            return None
+        return Gate(teacher, self.dataset, self.config.evaluation.metric, t.feature_weight, t.fusion_power)
 
     def _head_recall(self, teacher: Teacher) -> dict[str, float]:
         """Validation recall@20 of every modality's own head `F_u^m . F_i^m`, and of the whole teacher under ''."""

@@ -1,0 +1,41 @@
+"""How much each modality counts in `E^T`: `omega_m`, read off validation while the teacher trains."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mmkd.data import Dataset
+from mmkd.evaluation import evaluate, evaluate_scores
+from mmkd.models.baselines.popularity import Popularity
+from mmkd.models.teacher import Teacher
+
+
+class Gate:
+    """Sets `omega_m = omega min(1, r_m / max(r_id, r_pop))^power` in a teacher.
+
+    `r_m`, `r_id` and `r_pop` are what the modality's head `F_u^m . F_i^m`, the id part `propagate(id)` and popularity reach
+    alone on validation. A head that ranks as well as the ids counts in full; one that does not beat popularity, hardly. Of
+    one length with the others, its `rownorm(F^m)` would else bury what the ids know. The paper has one weight for all.
+
+    Args:
+        teacher: whose `omega` is set. dataset: with a validation part.
+        metric: e.g. `"recall@20"`. weight: `omega`, of a modality that counts in full. power: at 0 all do.
+    """
+
+    def __init__(self, teacher: Teacher, dataset: Dataset, metric: str, weight: float, power: float) -> None:
+        self.teacher, self.dataset, self.weight, self.power = teacher, dataset, weight, power
+        self.metric, self.ks = metric, (int(metric.partition("@")[2]),)
+        self.floor = evaluate_scores(Popularity().fit(dataset).scores, dataset, "val", self.ks)[metric]
+
+    def __call__(self) -> None:
+        """Reads the parts' metrics and sets `omega`; to be called before the teacher is looked at."""
+        with torch.no_grad():
+            out = self.teacher()
+            reference = max(self._metric(*self.teacher.split(out.ids)), self.floor)
+            heads = [self._metric(users, items) for users, items in zip(out.users, out.items, strict=True)]
+            shares = [min(1.0, head / reference) if reference else 1.0 for head in heads]
+            self.teacher.omega.copy_(torch.tensor(shares) ** self.power * self.weight)
+
+    def _metric(self, users: Tensor, items: Tensor) -> float:
+        return evaluate(users, items, self.dataset, "val", self.ks)[self.metric]
