@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -21,6 +19,7 @@ from mmkd.data import Dataset, load
 from mmkd.evaluation import evaluate, evaluate_scores
 from mmkd.files import write_atomic
 from mmkd.graph import BipartiteGraph
+from mmkd.memory import release
 from mmkd.models.baselines import COUNTED, TITLES, TRAINED, ItemKNN
 from mmkd.models.features import FeatureTable
 from mmkd.models.lightgcn import LightGCN, initial_table, matching_table
@@ -286,10 +285,7 @@ class Run:
         """Lets go of teacher and item features, mapped or not: the student's stage reads none."""
         self.__dict__.pop("_teacher", None)
         self.dataset = replace(self.dataset, features={})
-        gc.collect()
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc keeps freed blocks below 32 MB otherwise
-        if trim is not None:
-            trim(0)
+        release()
 
     def _mmkd(self) -> Trained:
         task = self.student_task(self._teacher[0], self._modality_weights())
