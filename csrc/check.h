@@ -82,7 +82,8 @@ inline void advise_huge_pages(const Tensor& t) {
 }
 
 inline Tensor empty(std::initializer_list<int64_t> sizes, const Tensor& like, ScalarType type) {
-  Tensor t = torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), type);
+  Tensor t =
+      torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), type);
   advise_huge_pages(t);
   return t;
 }

@@ -12,9 +12,11 @@ MarginArgs margin_args(const Tensor& user_emb, const Tensor& item_emb, const Ten
   check_index(users, "users", 1, users.size(0));
   check_index(pos, "pos", 1, users.size(0));
   check_index(neg, "neg", 1, users.size(0));
-  return {dtype_of(user_emb),   user_emb.const_data_ptr(), item_emb.const_data_ptr(), data<int64_t>(users),
-          data<int64_t>(pos),   data<int64_t>(neg),        user_emb.size(0),          item_emb.size(0),
-          user_emb.size(1),     nullptr};
+  return {dtype_of(user_emb),        user_emb.const_data_ptr(),
+          item_emb.const_data_ptr(), data<int64_t>(users),
+          data<int64_t>(pos),        data<int64_t>(neg),
+          user_emb.size(0),          item_emb.size(0),
+          user_emb.size(1),          nullptr};
 }
 
 [[noreturn]] void fail_indices(const MarginArgs& a, const Tensor& users, const Tensor& pos, const Tensor& neg) {
@@ -80,8 +82,7 @@ std::tuple<Tensor, Tensor, Tensor> bpr_kd(Tensor user_emb, Tensor item_emb, Tens
   m.margin = margin.mutable_data_ptr();
   const PairArgs a = pair_args(margin, teacher_margin, tau, bernoulli);
   bool good = true;
-  auto [bpr, pair] =
-      losses(a, margin, [&](int64_t b, int64_t e) { return MMKD_ON_ISA(bpr_margins(m, b, e)); }, good);
+  auto [bpr, pair] = losses(a, margin, [&](int64_t b, int64_t e) { return MMKD_ON_ISA(bpr_margins(m, b, e)); }, good);
   if (!good) fail_indices(m, users, pos, neg);
   return {bpr, pair, margin};
 }
@@ -129,12 +130,12 @@ std::tuple<Tensor, Tensor> bpr_kd_scores_backward(Tensor grad_bpr, Tensor grad_p
   PairArgs a = pair_args(margin, teacher_margin, tau, bernoulli);
   take_scales(a, grad_bpr, grad_pair, margin);
   const int64_t n = margin.numel();
-  Tensor grad = empty({need_student ? n : 0}, margin), grad_teacher = empty({need_teacher && teacher_margin ? n : 0}, margin);
+  Tensor grad = empty({need_student ? n : 0}, margin),
+         grad_teacher = empty({need_teacher && teacher_margin ? n : 0}, margin);
   if (need_student) a.grad_margin = grad.mutable_data_ptr();
   if (need_teacher && teacher_margin) a.grad_teacher = grad_teacher.mutable_data_ptr();
-  for_chunks(num_blocks(n), [&](int64_t c) {
-    MMKD_ON_ISA(bpr_kd_grads(a, c * kSamples, std::min(n, (c + 1) * kSamples)));
-  });
+  for_chunks(num_blocks(n),
+             [&](int64_t c) { MMKD_ON_ISA(bpr_kd_grads(a, c * kSamples, std::min(n, (c + 1) * kSamples))); });
   return {grad, grad_teacher};
 }
 

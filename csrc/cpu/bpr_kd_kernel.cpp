@@ -34,8 +34,8 @@ bool margins_typed(const MarginArgs& a, int64_t begin, int64_t end) {
 template <class A>
 struct Pair {
   using V = typename Vec<A>::V;
-  Logistic<V> own;          // of the margin
-  V student_x, teacher_x;   // margins / tau
+  Logistic<V> own;         // of the margin
+  V student_x, teacher_x;  // margins / tau
   Logistic<V> student, teacher;
 };
 

@@ -1,4 +1,5 @@
-// BPR and PairKD of a block of samples (spec section 4): margins from gathered rows, losses and coefficients from margins.
+// BPR and PairKD of a block of samples (spec section 4): margins from gathered rows, losses and coefficients from
+// margins.
 #pragma once
 #include <stdint.h>
 
@@ -28,8 +29,8 @@ struct PairArgs {
   bool bernoulli;
   double scale_bpr, scale_pair;  // backward: incoming gradient / B
   void* grad_margin;             // [B] or null
-  void* grad_pair;               // [B, 2] or null: the coefficient of the observed item, and its negative for the other one
-  void* grad_teacher;            // [B] or null
+  void* grad_pair;     // [B, 2] or null: the coefficient of the observed item, and its negative for the other one
+  void* grad_teacher;  // [B] or null
 };
 struct PairLosses {
   double bpr, pair;

@@ -55,9 +55,8 @@ std::tuple<Tensor, Tensor> emb_kd_backward(Tensor grad, Tensor student, Tensor t
   a.grad_student = need_student ? grad_student.mutable_data_ptr() : nullptr;
   a.grad_teachers = need_teachers ? grad_teachers.mutable_data_ptr() : nullptr;
   a.scale = a.n ? scalar_of(grad, "grad", stats.scalar_type()) / static_cast<double>(a.n) : 0;
-  for_chunks(num_blocks(a.n), [&](int64_t c) {
-    MMKD_ON_ISA(emb_kd_grads(a, c * kSamples, std::min(a.n, (c + 1) * kSamples)));
-  });
+  for_chunks(num_blocks(a.n),
+             [&](int64_t c) { MMKD_ON_ISA(emb_kd_grads(a, c * kSamples, std::min(a.n, (c + 1) * kSamples))); });
   return {grad_student, grad_teachers};
 }
 

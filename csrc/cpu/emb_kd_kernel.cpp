@@ -55,7 +55,8 @@ MMKD_INLINE Cosine<A> cosine(A ee, A ef, A ff) {
 
 // (1 - cos)^gamma for a vector of rows; a row of length 0 has cosine 0, a NaN row stays NaN.
 template <class A>
-MMKD_INLINE typename Vec<A>::V scaled_error(typename Vec<A>::V ee, typename Vec<A>::V ef, typename Vec<A>::V ff, A gamma) {
+MMKD_INLINE typename Vec<A>::V scaled_error(typename Vec<A>::V ee, typename Vec<A>::V ef, typename Vec<A>::V ff,
+                                            A gamma) {
   using V = typename Vec<A>::V;
   const V zero{}, one = zero + A(1);
   const auto dead = (ee <= zero) | (ff <= zero);
@@ -109,8 +110,8 @@ MMKD_INLINE void blend(T* out, Acc<T> p, const T* x, Acc<T> q, const T* y, int64
 
 // out = b * e + sum_m a[m] * f^m, each vector of columns written once.
 template <class T>
-MMKD_INLINE void student_row(T* out, Acc<T> b, const T* e, const Acc<T>* weight, const T* f, int64_t step, int64_t count,
-                             int64_t d) {
+MMKD_INLINE void student_row(T* out, Acc<T> b, const T* e, const Acc<T>* weight, const T* f, int64_t step,
+                             int64_t count, int64_t d) {
   using W = Vec<T>;
   int64_t c = 0;
   for (; c + W::size <= d; c += W::size) {
@@ -157,15 +158,15 @@ void grads_typed(const EmbKDArgs& a, int64_t begin, int64_t end) {
 
 }  // namespace
 
-#define MMKD_BY_TYPE(function)           \
-  switch (a.dtype) {                     \
-    case DType::f32:                     \
+#define MMKD_BY_TYPE(function)                \
+  switch (a.dtype) {                          \
+    case DType::f32:                          \
       return function<float>(a, begin, end);  \
-    case DType::f64:                     \
+    case DType::f64:                          \
       return function<double>(a, begin, end); \
-    case DType::bf16:                    \
+    case DType::bf16:                         \
       return function<bf16_t>(a, begin, end); \
-    default:                             \
+    default:                                  \
       return function<f16_t>(a, begin, end);  \
   }
 

@@ -11,8 +11,11 @@ ListScoresArgs scores_args(const Tensor& user_emb, const Tensor& item_emb, const
   check_dim(users, "users", 1);
   check_index(users, "users", 1, users.size(0));
   check_index(candidates, "candidates", 2, users.size(0));
-  return {dtype_of(user_emb), user_emb.const_data_ptr(), item_emb.const_data_ptr(), data<int64_t>(users),
-          data<int64_t>(candidates), user_emb.size(0), item_emb.size(0), user_emb.size(1), candidates.size(1), nullptr};
+  return {dtype_of(user_emb),        user_emb.const_data_ptr(),
+          item_emb.const_data_ptr(), data<int64_t>(users),
+          data<int64_t>(candidates), user_emb.size(0),
+          item_emb.size(0),          user_emb.size(1),
+          candidates.size(1),        nullptr};
 }
 
 [[noreturn]] void fail_indices(const ListScoresArgs& a, const Tensor& users, const Tensor& candidates) {
@@ -31,8 +34,8 @@ void check_scores(const Tensor& t, const char* name, ScalarType type, int64_t ro
 
 ListKdArgs kd_args(const Tensor& teacher, const Tensor& weights, ScalarType acc, int64_t batch, int64_t k, double alpha,
                    double beta, double tau, bool coupled) {
-  MMKD_CHECK(acc == ScalarType::Float || acc == ScalarType::Double,
-             "student_logits: expected float32 or float64, got ", torch::headeronly::toString(acc));
+  MMKD_CHECK(acc == ScalarType::Float || acc == ScalarType::Double, "student_logits: expected float32 or float64, got ",
+             torch::headeronly::toString(acc));
   MMKD_CHECK(k >= 2, "candidates: expected K >= 2, got K = ", k);
   MMKD_CHECK(tau > 0, "tau: expected > 0, got ", tau);
   check_dim(teacher, "teacher_logits", 3);
@@ -125,8 +128,8 @@ std::tuple<Tensor, Tensor> list_kd(Tensor user_emb, Tensor item_emb, Tensor user
 
 std::tuple<Tensor, Tensor, Tensor> list_kd_backward(Tensor grad, Tensor user_emb, Tensor item_emb, Tensor users,
                                                     Tensor candidates, Tensor teacher, Tensor weights, Tensor logits,
-                                                    double alpha, double beta, double tau, bool coupled,
-                                                    bool need_user, bool need_item, bool need_teacher) {
+                                                    double alpha, double beta, double tau, bool coupled, bool need_user,
+                                                    bool need_item, bool need_teacher) {
   const ListScoresArgs s = scores_args(user_emb, item_emb, users, candidates);
   const int64_t batch = users.size(0);
   const ScalarType acc = accumulate_type(user_emb.scalar_type());
@@ -158,8 +161,8 @@ std::tuple<Tensor, Tensor, Tensor> list_kd_backward(Tensor grad, Tensor user_emb
 Tensor list_kd_scores(Tensor student, Tensor teacher, Tensor weights, double alpha, double beta, double tau,
                       bool coupled) {
   check_dim(student, "student_logits", 2);
-  ListKdArgs a = kd_args(teacher, weights, student.scalar_type(), student.size(0), student.size(1), alpha, beta, tau,
-                         coupled);
+  ListKdArgs a =
+      kd_args(teacher, weights, student.scalar_type(), student.size(0), student.size(1), alpha, beta, tau, coupled);
   MMKD_CHECK(student.is_contiguous(), "student_logits: expected a contiguous tensor");
   a.logits = student.const_data_ptr();
   bool good = true;

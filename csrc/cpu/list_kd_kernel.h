@@ -20,16 +20,16 @@ struct ListScoresArgs {
 MMKD_KERNEL(bool list_scores(const ListScoresArgs& a, int64_t begin, int64_t end))
 
 struct ListKdArgs {
-  bool f64;              // the accumulator type of everything below
-  const void* logits;    // [B, K] student
-  const void* teacher;   // [M, B, K]
-  const void* weight;    // [M]
+  bool f64;             // the accumulator type of everything below
+  const void* logits;   // [B, K] student
+  const void* teacher;  // [M, B, K]
+  const void* weight;   // [M]
   int64_t batch, k, modalities;
   double alpha, beta, tau;
   bool coupled;
-  double scale;          // of the gradients: upstream gradient / B
-  void* grad_student;    // [B, K]; null: not wanted
-  void* grad_teacher;    // [M, B, K]; null: not wanted
+  double scale;        // of the gradients: upstream gradient / B
+  void* grad_student;  // [B, K]; null: not wanted
+  void* grad_teacher;  // [M, B, K]; null: not wanted
 };
 // Vectors of K lanes that a block needs as scratch.
 constexpr int kListScratch = 5;

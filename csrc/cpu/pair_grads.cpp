@@ -28,8 +28,14 @@ std::unique_ptr<T[]> scratch(int64_t n) {
 }  // namespace
 
 RowGroups::RowGroups(int64_t n, int64_t num_rows, int64_t first, int64_t last)
-    : first(first), last(last), order(scratch<uint64_t>(n + 1)), rows(scratch<uint32_t>(n)),
-      starts(scratch<uint32_t>(n + 1)), spare_(scratch<uint64_t>(n + 1)), n_(n), num_rows_(num_rows) {
+    : first(first),
+      last(last),
+      order(scratch<uint64_t>(n + 1)),
+      rows(scratch<uint32_t>(n)),
+      starts(scratch<uint32_t>(n + 1)),
+      spare_(scratch<uint64_t>(n + 1)),
+      n_(n),
+      num_rows_(num_rows) {
   starts[0] = 0;
 }
 
@@ -75,8 +81,14 @@ bool RowGroups::build(const int64_t* index) {
 
 PairGrads::PairGrads(const Tensor& user_emb, const Tensor& item_emb, const int64_t* users, const int64_t* candidates,
                      int64_t batch, int64_t fan, bool need_user, bool need_item)
-    : user_emb_(user_emb), item_emb_(item_emb), users_(users), candidates_(candidates), batch_(batch), fan_(fan),
-      need_user_(need_user), need_item_(need_item) {
+    : user_emb_(user_emb),
+      item_emb_(item_emb),
+      users_(users),
+      candidates_(candidates),
+      batch_(batch),
+      fan_(fan),
+      need_user_(need_user),
+      need_item_(need_item) {
   const auto split = [](std::vector<RowGroups>& groups, int64_t n, int64_t rows) {
     // Sorting a long index list is shared out by ranges of rows.
     const int64_t parts = std::clamp<int64_t>(n / kSortAPart, 1, torch::stable::get_num_threads());
@@ -87,7 +99,8 @@ PairGrads::PairGrads(const Tensor& user_emb, const Tensor& item_emb, const int64
 }
 
 void PairGrads::group(int64_t task) {
-  const int64_t of_items = static_cast<int64_t>(item_groups_.size()), of_users = static_cast<int64_t>(user_groups_.size());
+  const int64_t of_items = static_cast<int64_t>(item_groups_.size()),
+                of_users = static_cast<int64_t>(user_groups_.size());
   bool good = true;
   if (task < of_items) {
     good = item_groups_[task].build(candidates_);
@@ -142,9 +155,8 @@ std::tuple<Tensor, Tensor> PairGrads::write(const void* weights) {
   Tensor grad_item = need_item_ ? empty({item_emb_.size(0), d}, item_emb_) : empty({0}, item_emb_);
   plan(item_groups_, item_emb_, user_emb_, users_, 1, fan_, grad_item);
   plan(user_groups_, user_emb_, item_emb_, candidates_, fan_, 1, grad_user);
-  for_chunks(static_cast<int64_t>(pieces.size()), [&](int64_t c) {
-    MMKD_ON_ISA(sum_rows(pieces[c].args, pieces[c].begin, pieces[c].end));
-  });
+  for_chunks(static_cast<int64_t>(pieces.size()),
+             [&](int64_t c) { MMKD_ON_ISA(sum_rows(pieces[c].args, pieces[c].begin, pieces[c].end)); });
   return {grad_user, grad_item};
 }
 

@@ -1,5 +1,6 @@
-// Gradients of two embedding tables from a batch of weighted (user, item) pairs, without atomics: the batch is grouped by
-// the row it touches, and every row is summed in the batch's order and written once. Bit-equal for any number of threads.
+// Gradients of two embedding tables from a batch of weighted (user, item) pairs, without atomics: the batch is grouped
+// by the row it touches, and every row is summed in the batch's order and written once. Bit-equal for any number of
+// threads.
 #pragma once
 #include <atomic>
 #include <memory>
@@ -27,7 +28,8 @@ class RowGroups {
   int64_t n_, num_rows_;
 };
 
-// Pair (b, k) of weight w adds w * item_emb[c_bk] to the gradient of user u_b and w * user_emb[u_b] to that of item c_bk.
+// Pair (b, k) of weight w adds w * item_emb[c_bk] to the gradient of user u_b and w * user_emb[u_b] to that of item
+// c_bk.
 class PairGrads {
  public:
   // users: [batch], candidates: [batch, fan].

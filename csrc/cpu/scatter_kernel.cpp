@@ -69,7 +69,8 @@ template <class A>
 MMKD_INLINE void expand(const SumRowsArgs& a, int64_t begin, int64_t end) {
   const A* weight = static_cast<const A*>(a.weight);
   A* entry_weight = static_cast<A*>(a.entry_weight);
-  const double over_share = 1.0 / static_cast<double>(a.share);  // (p + 1/2) / share rounds down to p / share for any p < 2^32
+  const double over_share =
+      1.0 / static_cast<double>(a.share);  // (p + 1/2) / share rounds down to p / share for any p < 2^32
   for (int64_t j = begin; j < end; ++j) {
     const uint32_t p = static_cast<uint32_t>(a.order[j]);
     if (a.fan == 1) {

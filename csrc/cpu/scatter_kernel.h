@@ -7,22 +7,22 @@
 
 namespace mmkd {
 
-// out[r] = sum over the positions p that name row r, ascending, and over k < fan, of weight[p*fan + k] * source[id], where
-// id = source_id[p*fan + k], or source_id[p / share] where fan is 1. Rows that no position names become zero.
+// out[r] = sum over the positions p that name row r, ascending, and over k < fan, of weight[p*fan + k] * source[id],
+// where id = source_id[p*fan + k], or source_id[p / share] where fan is 1. Rows that no position names become zero.
 struct SumRowsArgs {
-  DType dtype;              // of source and out; sums and weights are in the accumulator type
+  DType dtype;  // of source and out; sums and weights are in the accumulator type
   int64_t d;
-  const uint64_t* order;    // [positions] row << 32 | position, sorted
-  const uint32_t* rows;     // [groups] the touched rows, ascending
-  const uint32_t* starts;   // [groups + 1] where a row's positions begin in `order`
+  const uint64_t* order;   // [positions] row << 32 | position, sorted
+  const uint32_t* rows;    // [groups] the touched rows, ascending
+  const uint32_t* starts;  // [groups + 1] where a row's positions begin in `order`
   int64_t groups;
-  const void* source;       // [*, d]
+  const void* source;  // [*, d]
   const int64_t* source_id;
   const void* weight;
   int64_t fan, share;
-  uint32_t* entry_id;       // [positions * fan] scratch
-  void* entry_weight;       // [positions * fan] scratch, accumulator type
-  void* out;                // [*, d]
+  uint32_t* entry_id;  // [positions * fan] scratch
+  void* entry_weight;  // [positions * fan] scratch, accumulator type
+  void* out;           // [*, d]
 };
 
 // Writes rows [begin, end).

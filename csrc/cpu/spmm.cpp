@@ -129,7 +129,7 @@ SpmmArgs args_of(const Csr& m, const Tensor& x) {
 
 Tensor spmm(Tensor rowptr, Tensor col, Tensor x, OptTensor value, OptTensor row_scale, OptTensor col_scale,
             OptTensor /*t_rowptr*/, OptTensor /*t_col*/,  // the transpose is there for the backward pass
-            OptTensor /*plan*/, OptTensor /*t_plan*/) {    // a GPU's
+            OptTensor /*plan*/, OptTensor /*t_plan*/) {   // a GPU's
   const Csr m = csr_of(rowptr, col);
   check_table(x, "x");
   const ScalarType acc = accumulate_type(x.scalar_type());

@@ -1,18 +1,17 @@
 // Exact all-ranking top-k on the CPU: tiles of scores are compared with each user's k-th best while still in registers,
 // and only what is above it is looked at again. No score matrix exists.
-#include "cpu/topk_kernel.h"
-
 #include <algorithm>
 #include <bit>
 #include <limits>
 #include <vector>
 
 #include "cpu/losses.h"
+#include "cpu/topk_kernel.h"
 
 namespace mmkd {
 namespace {
 
-constexpr int64_t kGroups = 8;           // tiles of users that share a pass over a block of panels
+constexpr int64_t kGroups = 8;            // tiles of users that share a pass over a block of panels
 constexpr int64_t kPanelBytes = 1 << 17;  // a block of panels stays in the second-level cache
 
 // Items each user must not get: CSR over the rows of user_emb.
@@ -112,7 +111,7 @@ class Best {
 
 template <class A>
 struct Problem {
-  const A* users;         // [U, d]
+  const A* users;  // [U, d]
   int64_t num_items, d, k, width, panels;
   std::vector<A> packed;  // [panels, d, width], zero beyond the last item
   Exclusion exclusion;
@@ -133,7 +132,8 @@ void pack(Problem<A>& p, const A* items) {
 template <class A>
 void rank(const Problem<A>& p, const int64_t* ids, int64_t count, Best<A>* best, A* scores, int64_t* items) {
   for (int64_t i = 0; i < count; ++i) best[i].start(p.k, ids[i], p.exclusion);
-  const int64_t block = std::max<int64_t>(1, kPanelBytes / std::max<int64_t>(1, p.d * p.width * static_cast<int64_t>(sizeof(A))));
+  const int64_t block =
+      std::max<int64_t>(1, kPanelBytes / std::max<int64_t>(1, p.d * p.width * static_cast<int64_t>(sizeof(A))));
   A tile[kTileUsers * kMostPanel], floors[kTileUsers];
   TopkTile t{std::is_same_v<A, double>, {}, nullptr, floors, tile, {}, p.d};
   for (int64_t first = 0; first < p.panels; first += block) {
@@ -169,7 +169,8 @@ void run(Problem<A>& p, const A* items, const int64_t* ids, int64_t n, A* scores
   constexpr int64_t chunk = kGroups * kTileUsers;
   for_chunks((n + chunk - 1) / chunk, [&](int64_t c) {
     std::vector<Best<A>> best(static_cast<size_t>(std::min(chunk, n - c * chunk)));
-    rank(p, ids + c * chunk, static_cast<int64_t>(best.size()), best.data(), scores + c * chunk * p.k, out + c * chunk * p.k);
+    rank(p, ids + c * chunk, static_cast<int64_t>(best.size()), best.data(), scores + c * chunk * p.k,
+         out + c * chunk * p.k);
   });
 }
 
@@ -182,14 +183,16 @@ Exclusion exclusion_of(const Tensor& rowptr, const Tensor& col, int64_t num_user
   MMKD_CHECK(col64 || col.scalar_type() == ScalarType::Int, "exclude[1] (col): expected int32 or int64");
   MMKD_CHECK(rowptr.is_contiguous() && col.is_contiguous(), "exclude: expected contiguous tensors");
   const int64_t *r = data<int64_t>(rowptr), nnz = col.numel();
-  MMKD_CHECK(r[0] == 0 && r[num_users] == nnz, "exclude[0] (rowptr): expected to start at 0 and end at len(col) = ", nnz,
-             ", got ", r[0], " and ", r[num_users]);
+  MMKD_CHECK(r[0] == 0 && r[num_users] == nnz,
+             "exclude[0] (rowptr): expected to start at 0 and end at len(col) = ", nnz, ", got ", r[0], " and ",
+             r[num_users]);
   for (int64_t u = 0; u < num_users; ++u) {
     MMKD_CHECK(r[u] <= r[u + 1], "exclude[0] (rowptr): falls from ", r[u], " to ", r[u + 1], " at row ", u);
   }
   for (int64_t j = 0; j < nnz; ++j) {
     const int64_t item = col64 ? data<int64_t>(col)[j] : data<int32_t>(col)[j];
-    MMKD_CHECK(item >= 0 && item < num_items, "exclude[1] (col): entry ", j, " is ", item, ", expected [0, ", num_items, ")");
+    MMKD_CHECK(item >= 0 && item < num_items, "exclude[1] (col): entry ", j, " is ", item, ", expected [0, ", num_items,
+               ")");
   }
   return {r, col.const_data_ptr(), col64};
 }

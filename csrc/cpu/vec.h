@@ -233,7 +233,8 @@ MMKD_INLINE void prefetch_row(const T* row, int64_t d) {
 // Whether every index lies in [0, bound).
 MMKD_INLINE bool in_range(const int64_t* index, int64_t n, int64_t bound) {
   uint64_t worst = 0;
-  for (int64_t i = 0; i < n; ++i) worst = static_cast<uint64_t>(index[i]) > worst ? static_cast<uint64_t>(index[i]) : worst;
+  for (int64_t i = 0; i < n; ++i)
+    worst = static_cast<uint64_t>(index[i]) > worst ? static_cast<uint64_t>(index[i]) : worst;
   return n == 0 || worst < static_cast<uint64_t>(bound);
 }
 
