@@ -3,6 +3,10 @@
 Imported by `mmkd.ops._registry.namespace("triton")`, which then adds the fakes and the gradients.
 """
 
+import functools
+from collections.abc import Callable
+
+import torch
 from torch.library import custom_op, triton_op
 
 from mmkd.kernels import bpr_kd, emb_kd, list_kd, spmm, topk
@@ -28,9 +32,21 @@ OPS = {
     "emb_kd_backward": emb_kd.emb_kd_backward,
 }
 
+
+def _on_its_device(op: Callable) -> Callable:
+    """`op` with the device of its first argument made current: Triton launches on the current one."""
+
+    @functools.wraps(op)
+    def run(first, *args, **kwargs):
+        with torch.cuda.device_of(first):
+            return op(first, *args, **kwargs)
+
+    return run
+
+
 for _name, _fn in OPS.items():
     # torch.compile sees through these to the kernels
-    triton_op(f"mmkd_triton::{_name}", _fn, mutates_args=())
+    triton_op(f"mmkd_triton::{_name}", _on_its_device(_fn), mutates_args=())
 
 # Serving only: opaque, so that the loop over chunks of users stays out of the graph.
-custom_op("mmkd_triton::topk", topk.topk, mutates_args=())
+custom_op("mmkd_triton::topk", _on_its_device(topk.topk), mutates_args=())

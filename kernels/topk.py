@@ -15,7 +15,8 @@ from torch.library import wrap_triton
 from mmkd.kernels import launch
 
 GROUP = 32
-CHUNK = 8192  # users whose bit masks and candidates are alive at a time
+# Users at a time: at most CHUNK, and what is alive of them at most ALIVE numbers.
+CHUNK, ALIVE = 8192, 2**25
 EMPTY = -(2**63)
 
 
@@ -50,12 +51,15 @@ def _group_maxima(
 ):  # fmt: skip
     """keys: int64 `[count, groups]`, the best score of each group and the group's number."""
     PER: tl.constexpr = BLOCK_I // 32
-    n = tl.program_id(0).to(tl.int64) * BLOCK_U + tl.arange(0, BLOCK_U)
+    # one axis, users first: the other axes of a grid end at 65535
+    across = tl.cdiv(count, BLOCK_U)
+    tile = (tl.program_id(0) // across).to(tl.int64)
+    n = (tl.program_id(0) % across).to(tl.int64) * BLOCK_U + tl.arange(0, BLOCK_U)
     live_u = n < count
     user = n
     if users is not None:
         user = tl.load(users + n, mask=live_u, other=0)
-    i = tl.program_id(1).to(tl.int64) * BLOCK_I + tl.arange(0, BLOCK_I)
+    i = tile * BLOCK_I + tl.arange(0, BLOCK_I)
     live_i = i < items
     s = tl.zeros([BLOCK_U, BLOCK_I], tl.float32)
     for start in range(0, d, BLOCK_D):
@@ -69,7 +73,7 @@ def _group_maxima(
         s = tl.dot(e, tl.trans(f), s, input_precision="ieee")
     keep = live_u[:, None] & live_i[None, :] & (s == s)
     s = tl.reshape(tl.where(keep, s, float("-inf")), [BLOCK_U, PER, 32])
-    g = tl.program_id(1).to(tl.int64) * PER + tl.arange(0, PER)
+    g = tile * PER + tl.arange(0, PER)
     place = n[:, None] * groups + g[None, :]
     live = live_u[:, None] & (g < groups)[None, :]
     if mask is not None:
@@ -84,15 +88,15 @@ def _score_groups(
     user_emb, item_emb, users, mask, picked, keys, items, groups, wanted, d, BLOCK_D: tl.constexpr
 ):  # fmt: skip
     """keys: int64 `[count, wanted, 32]`, score and id of every item of the picked groups (-1: none)."""
-    n = tl.program_id(0).to(tl.int64)
-    slot = n * wanted + tl.program_id(1)
+    slot = tl.program_id(0).to(tl.int64)
+    n = slot // wanted
     g = tl.load(picked + slot)
     user = n
     if users is not None:
         user = tl.load(users + n)
     bit = tl.arange(0, 32)
     i = g * 32 + bit
-    keep = (g >= 0) & (i < items)
+    keep = (i >= 0) & (i < items)  # g = -1: none
     s = tl.zeros([32], tl.float32)
     for start in range(0, d, BLOCK_D):
         columns = start + tl.arange(0, BLOCK_D)
@@ -131,7 +135,7 @@ def _fused(
     maxima = torch.empty(count, groups, dtype=torch.int64, device=user_emb.device)
     block_d = launch.block(d, 16, 64)
     kernel = launch.choose(_group_maxima)
-    wrap_triton(kernel)[lambda meta: (triton.cdiv(count, meta["BLOCK_U"]), triton.cdiv(items, meta["BLOCK_I"]))](
+    wrap_triton(kernel)[lambda meta: (triton.cdiv(count, meta["BLOCK_U"]) * triton.cdiv(items, meta["BLOCK_I"]),)](
         user_emb, item_emb, users, mask, maxima, count, items, groups, d,
         WIDEN=launch.INTERPRETED, BLOCK_D=launch.block(d, 16, 32),  # the interpreter's dot takes bfloat16 for integers
     )  # fmt: skip
@@ -140,7 +144,7 @@ def _fused(
     picked = (0xFFFFFFFF - (best & 0xFFFFFFFF)).masked_fill(best == EMPTY, -1)
     keys = torch.empty(count, wanted * GROUP, dtype=torch.int64, device=user_emb.device)
     kernel = launch.choose(_score_groups)
-    wrap_triton(kernel)[(count, wanted)](
+    wrap_triton(kernel)[(count * wanted,)](
         user_emb, item_emb, users, mask, picked, keys, items, groups, wanted, d, BLOCK_D=block_d
     )
     best = torch.topk(keys, k, dim=1).values
@@ -165,6 +169,12 @@ def _sorted(
     return best, ids.masked_fill(best == float("-inf"), -1)
 
 
+def _users_at_a_time(items: int, k: int, whole: bool) -> int:
+    """`whole`: all scores of a user are alive at once, not the maxima and the picked groups alone."""
+    groups = triton.cdiv(items, GROUP)
+    return max(1, min(CHUNK, ALIVE // (items if whole else groups + min(k, groups) * GROUP)))
+
+
 def topk(
     user_emb: Tensor, item_emb: Tensor, k: int, users: Tensor | None, rowptr: Tensor | None, col: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -179,8 +189,9 @@ def topk(
     if found == 0:
         return scores, ids
     select = _sorted if acc == torch.float64 or items > 2**31 - 1 else _fused
-    for begin in range(0, count, CHUNK):
-        end = min(count, begin + CHUNK)
+    step = _users_at_a_time(items, found, select is _sorted)
+    for begin in range(0, count, step):
+        end = min(count, begin + step)
         rows = user_emb if users is not None else user_emb[begin:end]
         chunk = None if users is None else users[begin:end]
         bounds = rowptr if rowptr is None or users is not None else rowptr[begin : end + 1]

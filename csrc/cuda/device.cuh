@@ -147,7 +147,7 @@ __device__ __forceinline__ int64_t checked(int64_t index, int64_t bound) {
 // p[0..V) += x, in any order with other threads.
 template <int V, class A>
 __device__ __forceinline__ void atomic_add(A* p, const A (&x)[V]) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#if defined(MMKD_SIMT) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900)
   if constexpr (V % 4 == 0 && sizeof(A) == 4) {
 #pragma unroll
     for (int v = 0; v < V; v += 4) {

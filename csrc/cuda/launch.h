@@ -44,7 +44,7 @@ template <class... P, class... A>
 void launch(const char* name, void (*kernel)(P...), const Grid& g, A&&... args) {
   if (g.x == 0) return;
   check_grid(g, name);
-  simt::run(name, g.x, g.y, g.block, g.shared, [&] { kernel(args...); });
+  simt::run(name, reinterpret_cast<const void*>(kernel), g.x, g.y, g.block, g.shared, [&] { kernel(args...); });
 }
 #endif
 

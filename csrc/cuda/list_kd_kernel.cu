@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kBlock) list_forward_kernel(ListArgs a, ListFo
       }
       student = z;
     }
-    if (!a.teacher) continue;
+    if (!f.loss) continue;
     const Negatives<A> s(student, a.k, over_tau, lane);
     const Logistic<A> ls = logistic(s.margin);
     for (int64_t m = 0; m < a.modalities; ++m) {
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kBlock) list_forward_kernel(ListArgs a, ListFo
       if (lane == 0) loss[0] += static_cast<const A*>(a.weight)[m] * one;
     }
   }
-  if (!a.teacher) return;
+  if (!f.loss) return;
   sum_over_grid(loss, static_cast<A*>(f.partial), f.ticket, [&](const A(&total)[1]) {
     *static_cast<A*>(f.loss) = static_cast<A>(a.tau * a.tau) * total[0] / static_cast<A>(a.batch);
   });

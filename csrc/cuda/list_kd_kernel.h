@@ -14,7 +14,7 @@ struct ListArgs {
   const void* item_emb;       // [num_items, d]
   const int64_t* users;       // [batch]
   const int64_t* candidates;  // [batch, k]
-  const void* teacher;        // [modalities, batch, k] A; null: scores only
+  const void* teacher;        // [modalities, batch, k] A
   const void* weight;         // [modalities] A
   int64_t batch, k, d, num_users, num_items, modalities;
   double alpha, beta, tau;
@@ -26,7 +26,7 @@ struct ListForward {
   void* logits;       // [batch, k] A
   void* partial;      // [list_blocks] A scratch
   unsigned* ticket;   // one zero
-  void* loss;         // A scalar
+  void* loss;         // A scalar; null: scores only
 };
 int64_t list_blocks(const ListArgs& a);
 void list_forward(const ListArgs& a, const ListForward& f, void* stream);

@@ -1,11 +1,14 @@
 #include "simt/simt.h"
 
+#include <dlfcn.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
 #include <memory>
 #include <mutex>
+#include <set>
 #include <stdexcept>
 #include <utility>
 #include <vector>
@@ -153,13 +156,14 @@ Memory poisoned(int64_t bytes) {
 
 class Executor {
  public:
-  void run(const char* kernel, int64_t grid_x, int64_t grid_y, int block, int64_t shared_bytes,
+  void run(const char* name, const void* kernel, int64_t grid_x, int64_t grid_y, int block, int64_t shared_bytes,
            const std::function<void()>& body) {
     if (block < 1 || block > kMaxThreads || block % kWarp) {
       throw std::runtime_error("simt: blocks of 32 to 1024 threads, whole warps, got " + std::to_string(block));
     }
     std::lock_guard<std::mutex> one(mutex_);
-    kernel_ = kernel;
+    kernel_ = name;
+    remember(kernel);
     body_ = &body;
     size_ = block;
     grid_ = {static_cast<unsigned>(grid_x), static_cast<unsigned>(grid_y), 1};
@@ -260,6 +264,17 @@ class Executor {
   void* dynamic_shared() { return dynamic_.get(); }
 
  private:
+  void remember(const void* kernel) {
+    const char* path = getenv("MMKD_SIMT_LAUNCHED");
+    Dl_info library;
+    if (!path || !seen_.insert(kernel).second || !dladdr(kernel, &library)) return;
+    FILE* file = fopen(path, "a");
+    if (!file) throw std::runtime_error(std::string("simt: cannot write ") + path);
+    fprintf(file, "%zx\n",
+            static_cast<size_t>(static_cast<const char*>(kernel) - static_cast<const char*>(library.dli_fbase)));
+    fclose(file);
+  }
+
   static std::string where(const Site& s) {
     const std::string file = s.file_name();
     return file.substr(file.rfind('/') + 1) + ":" + std::to_string(s.line());
@@ -351,6 +366,7 @@ class Executor {
   }
 
   std::mutex mutex_;
+  std::set<const void*> seen_;
   const char* kernel_ = "";
   const std::function<void()>* body_ = nullptr;
   Index block_{}, grid_{};
@@ -388,9 +404,9 @@ Index block_index() { return executor().block(); }
 Index block_size() { return executor().size(); }
 Index grid_size() { return executor().grid(); }
 int64_t launches() { return executor().launches(); }
-void run(const char* kernel, int64_t grid_x, int64_t grid_y, int block, int64_t shared_bytes,
+void run(const char* name, const void* kernel, int64_t grid_x, int64_t grid_y, int block, int64_t shared_bytes,
          const std::function<void()>& body) {
-  executor().run(kernel, grid_x, grid_y, block, shared_bytes, body);
+  executor().run(name, kernel, grid_x, grid_y, block, shared_bytes, body);
 }
 void set_schedule(uint64_t seed) { executor().seed(seed); }
 void fail(const std::string& what, const Site& site) { executor().fail(what, site); }

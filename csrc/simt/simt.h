@@ -9,6 +9,7 @@
 #include <cuda_fp16.h>
 #include <stdint.h>
 #include <string.h>
+#include <vector_functions.h>
 #include <vector_types.h>
 
 #include <functional>
@@ -40,8 +41,8 @@ Index block_size();
 Index grid_size();
 
 // Launches: grid_x * grid_y blocks in random order, `body` once per thread. Throws std::runtime_error for what the
-// kernel did wrong.
-void run(const char* kernel, int64_t grid_x, int64_t grid_y, int block, int64_t shared_bytes,
+// kernel did wrong. The address of `kernel` in its library goes into the file MMKD_SIMT_LAUNCHED names, if it does.
+void run(const char* name, const void* kernel, int64_t grid_x, int64_t grid_y, int block, int64_t shared_bytes,
          const std::function<void()>& body);
 // Seed of the schedules from here on.
 void set_schedule(uint64_t seed);
@@ -119,3 +120,9 @@ inline int __ffs(int x) { return __builtin_ffs(x); }
 inline float atomicAdd(float* p, float x) { return simt::atomic_add(p, x); }
 inline double atomicAdd(double* p, double x) { return simt::atomic_add(p, x); }
 inline unsigned atomicAdd(unsigned* p, unsigned x) { return simt::atomic_add(p, x); }
+// As on sm_90: whole and aligned, but each number by itself.
+inline float4 atomicAdd(float4* p, float4 x, simt::Site site = simt::Site::current()) {
+  if (reinterpret_cast<uintptr_t>(p) % 16) simt::fail("a misaligned float4", site);
+  float* at = reinterpret_cast<float*>(p);
+  return {atomicAdd(at, x.x), atomicAdd(at + 1, x.y), atomicAdd(at + 2, x.z), atomicAdd(at + 3, x.w)};
+}

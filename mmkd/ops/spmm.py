@@ -7,7 +7,16 @@ from torch import Tensor
 
 from mmkd import backends, reference
 from mmkd.graph import BipartiteGraph
-from mmkd.ops._checks import accumulate_type, check_floating, check_index, check_no_grad, check_rank, dense, vector
+from mmkd.ops._checks import (
+    accumulate_type,
+    check_floating,
+    check_index,
+    check_no_grad,
+    check_rank,
+    check_same_device,
+    dense,
+    vector,
+)
 from mmkd.ops._registry import call, differentiable, on_register, refuse_second_derivative
 
 
@@ -53,6 +62,8 @@ def spmm(
         check_no_grad(t, name)
         scales.append(vector(t, name, size, acc))
     value = vector(value, "value", col.numel(), acc)
+    named = zip(("rowptr", "col", "value", "row_scale", "col_scale"), (rowptr, col, value, *scales), strict=True)
+    check_same_device(("x", x), *named)
     which = backends.resolve("spmm", x, impl)
     if which == "reference":
         return reference.spmm(rowptr, col, x, value, *scales)
@@ -90,6 +101,7 @@ def propagate(
         raise ValueError(f"num_layers: expected >= 0, got {num_layers}")
     if rows is not None:
         check_index(rows, "rows", (torch.int64,))
+        check_same_device(("x", x), ("rows", rows))
         rows = dense(rows)
     scale = graph.scale_as(x.dtype)
     which = backends.resolve("propagate", x, impl)

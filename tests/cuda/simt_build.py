@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -57,11 +58,20 @@ def runtime(name: str) -> str:
     return os.path.realpath(found)
 
 
-def run(arguments: list[str], timeout: float = 600) -> subprocess.CompletedProcess:
+def kernels() -> dict[int, str]:
+    """address -> name of every kernel in the library, template arguments and all."""
+    if shutil.which("nm") is None:
+        pytest.skip("no nm to list the kernels with")
+    listed = subprocess.run(["nm", "-C", "--defined-only", str(library())], capture_output=True, text=True, check=True)
+    found = re.findall(r"^(\w+) \w (?:void )?mmkd::cuda::\(anonymous namespace\)::(\w+_kernel\b[^(]*)\(", listed.stdout, re.M)
+    return {int(address, 16): name for address, name in found}
+
+
+def run(arguments: list[str], timeout: float = 600, **environment: str) -> subprocess.CompletedProcess:
     """Python under both sanitizers, with the library's path in MMKD_SIMT_LIBRARY. Fresh memory is filled with 0xff:
     NaN in every floating-point type."""
     environment = dict(
-        os.environ,
+        {**os.environ, **environment},
         MMKD_SIMT_LIBRARY=str(library()),
         # libstdc++ too: the sanitizer looks for its throw when the process starts
         LD_PRELOAD=f"{runtime('libasan.so')} {runtime('libstdc++.so')}",

@@ -242,6 +242,18 @@ def test_malformed_csr_is_refused(rowptr, col, message, index):
         torch.ops.mmkd.csr_transpose(rowptr, col, 5)
 
 
+@pytest.mark.parametrize("name", ["rowptr", "col", "value", "row_scale", "col_scale", "rows"])
+def test_a_tensor_on_another_device_is_refused(name):
+    """A kernel would take its address for one of its own device."""
+    rowptr, col, value = random_csr(4, 5)
+    given = {"rowptr": rowptr, "col": col, "value": value, "row_scale": torch.ones(4), "col_scale": torch.ones(5)}
+    with pytest.raises(ValueError, match=rf"{name}: expected on cpu like x, got meta"):
+        if name == "rows":
+            ops.propagate(g := make_graph(), torch.randn(g.num_nodes, 3), 1, torch.zeros(2, dtype=torch.int64).to("meta"))
+        else:
+            ops.spmm(x=torch.randn(5, 3), **(given | {name: given[name].to("meta")}))
+
+
 def test_an_int32_column_is_not_fooled_by_wrapping():
     col = torch.tensor([2**31 + 1])  # as int32 this would be negative, as an offset far away
     with pytest.raises(RuntimeError, match="expected"):

@@ -181,6 +181,14 @@ def case_empty_batches(deterministic):
     assert not u.grad.any() and not i.grad.any()
 
 
+def case_no_modalities_no_loss(deterministic):
+    u, i = tables(8, torch.float32)
+    users, lists = torch.tensor([0, 8]), torch.tensor([[0, 1], [12, 3]])
+    loss = ops.list_kd_loss(u, i, users, lists, torch.empty(0, 2, 2)) + ops.emb_kd_loss(u, torch.empty(0, *u.shape))
+    loss.backward()
+    assert loss.item() == 0 and not u.grad.any() and not i.grad.any()
+
+
 def case_expanded_and_strided_inputs(schedules):
     """What is not dense is copied at the door; a row view that begins off a 16-byte boundary takes the narrow path."""
     base_u, base_i = torch.randn(9, 129), torch.randn(13 * 64 + 1)

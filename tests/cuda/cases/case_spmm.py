@@ -193,6 +193,11 @@ def case_out_of_range_stops_the_kernel():
         ops.propagate(g, torch.randn(g.num_nodes, 8), 1, torch.tensor([g.num_nodes]))
 
 
+def case_entries_without_rows_are_refused():
+    with pytest.raises(RuntimeError, match="col: expected no entries"):
+        ops.spmm(torch.zeros(1, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), torch.randn(3, 4))
+
+
 @pytest.mark.parametrize("name", ["rowptr", "x", "row_scale"])
 def case_wrong_arguments_are_named(name):
     rowptr, col = csr(5, 6, 40)

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
 from mmkd import BipartiteGraph, backends, ops
-from mmkd.kernels import launch, spmm
+from mmkd.kernels import bpr_kd, emb_kd, launch, list_kd, scatter, spmm, topk
 from mmkd.kernels.register import OPS
 
 U, C = torch.tensor([0, 1]), torch.tensor([[0, 1, 2], [3, 1, 1]])
@@ -36,6 +38,34 @@ def case_opcheck():
         (ops_.topk, (UE, IE, 2, None, None, None)),
     ):
         torch.library.opcheck(op.default, args, test_utils=tests)
+
+
+def case_every_op_runs_on_its_tensors_device(monkeypatch):
+    """Triton launches on the current device, which on a machine with several may be another."""
+    current = []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        current.append(tensor)
+        yield
+        current.pop()
+
+    def launched(kernel):
+        assert current and current[-1] is first
+        return kernel
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    for module in (bpr_kd, emb_kd, list_kd, scatter, spmm, topk):
+        monkeypatch.setattr(module, "wrap_triton", launched)
+    ns, g = torch.ops.mmkd_triton, graph()
+    for first, call in (
+        (UE, lambda: ns.bpr_kd(UE, IE, U, U, U, None, 1.0, True)),
+        (UE, lambda: ns.list_scores(UE, IE, U, C)),
+        (UE, lambda: ns.emb_kd(UE, UE[None], 2.0)),
+        (UE, lambda: ns.topk(UE, IE, 2, None, None, None)),
+        (g.rowptr, lambda: ns.propagate(g.rowptr, g.col, g.scale, torch.randn(9, 2), 1, None)),
+    ):
+        call()
 
 
 def case_errors_name_the_argument():

@@ -43,6 +43,29 @@ def case_users_in_chunks(monkeypatch):
     monkeypatch.setattr(kernels, "CHUNK", 3)
     same(whole(4, 8), whole(70, 8, seed=1), 4, None, EXCLUDE)
     same(whole(4, 8), whole(70, 8, seed=1), 4, torch.tensor([1, 3, 0, 2, 2]), EXCLUDE)
+    monkeypatch.setattr(kernels, "ALIVE", 3 * 70)
+    monkeypatch.setattr(kernels, "CHUNK", 8192)
+    assert kernels._users_at_a_time(70, 4, whole=True) == 3 and kernels._users_at_a_time(70, 1, whole=False) == 6
+    for dtype in (torch.float64, torch.float32):
+        same(whole(4, 8, dtype=dtype), whole(70, 8, dtype=dtype, seed=1), 4, None, EXCLUDE)
+
+
+def case_tables_and_k_of_millions_fit_into_a_grid(monkeypatch):
+    """Only the first axis of a grid goes beyond 65535."""
+    grids = {}
+
+    class Launch:
+        def __init__(self, kernel):
+            self.name, self.blocks = kernel.fn.__name__, kernel.configs[0].kwargs
+
+        def __getitem__(self, grid):
+            grids[self.name] = grid(self.blocks) if callable(grid) else grid
+            return lambda *args, **kwargs: None
+
+    monkeypatch.setattr(kernels, "wrap_triton", Launch)
+    user_emb, item_emb = (torch.empty(n, 64, device="meta") for n in (8, 10_000_000))
+    kernels.topk(user_emb, item_emb, 100_000, None, None, None)
+    assert grids["_group_maxima"] == (10_000_000 // 64,) and grids["_score_groups"] == (8 * 100_000,)
 
 
 def case_everything_excluded_nothing_asked_no_items():
