@@ -55,7 +55,7 @@ lint: install ## ruff and clang-format, checking only
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
 
-gpu-report: install ## docs/gpu.md: registers, memory and load widths of every GPU kernel, predicted times (5 minutes)
+gpu-report: install ## docs/gpu.md: registers, memory and load widths of every GPU kernel, predicted times (10 minutes)
 	TRITON_INTERPRET=0 $(BIN)/python tools/gpu_report.py
 
 format: install ## ruff and clang-format, rewriting

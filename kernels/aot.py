@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import torch
@@ -37,6 +37,28 @@ _TYPES = {
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """Of the tensors the ops are called with. A 1, a multiple of 16 and what needs 64 bits each make another kernel."""
+
+    users: int
+    items: int
+    nnz: int
+    batch: int
+    length: int
+    modalities: int
+    d: int
+
+
+TIKTOK = Sizes(14343, 8690, 276637, 1024, 11, 3, 64)
+# what the label says of the others -> sizes
+OTHERS = {
+    "d=65": Sizes(14343, 8689, 2**31 + 1, 1023, 11, 3, 65),
+    "d=1 B=1 M=1": Sizes(1, 1, 1, 1, 2, 1, 1),
+    "d=128 K=64": Sizes(14343, 8690, 276637, 1024, list_kd.MAX_FUSED, 3, 128),
+}
+
+
+@dataclass(frozen=True)
 class Variant:
     """One kernel as one launch with one configuration compiles it."""
 
@@ -44,6 +66,7 @@ class Variant:
     kernel: object
     arguments: tuple  # (name, type, constant or None, divisible by 16)
     config: triton.Config
+    sizes: str = ""  # a key of OTHERS
 
     @property
     def name(self) -> str:
@@ -51,14 +74,20 @@ class Variant:
 
     @property
     def label(self) -> str:
-        """What tells variants of one kernel apart: table type, block sizes, warps."""
+        """What tells variants of one kernel apart: sizes, table type, block sizes, warps."""
         types = [t for _, t, _, _ in self.arguments]
         table = next((t[1:] for t in types if t in ("*fp64", "*bf16", "*fp16")), "fp32")
         constants = {n: c for n, t, c, _ in self.arguments if t == "constexpr" and n.startswith(("BLOCK", "KEEP"))}
         blocks = {**constants, **self.config.kwargs}
-        return " ".join([table, *(f"{n.removeprefix('BLOCK_')}={c}" for n, c in blocks.items())]) + (
+        sizes = [f"{self.sizes}:"] if self.sizes else []
+        return " ".join([*sizes, table, *(f"{n.removeprefix('BLOCK_')}={c}" for n, c in blocks.items())]) + (
             f" warps={self.config.num_warps}"
         )
+
+    @property
+    def fixed(self) -> bool:
+        """Whether it is the configuration that runs without a search."""
+        return str(self.config) == str(launch.configs_of(self.kernel)[0])
 
     def compile(self, target: GPUTarget):
         """The compiled kernel for `target` (Triton keeps it in its cache)."""
@@ -82,8 +111,8 @@ def _argument(name: str, value, annotated: str) -> tuple:
 
 
 class _Recorder:
-    def __init__(self, op: str, kernel, seen: dict) -> None:
-        self.op, self.tuner, self.seen = op, kernel, seen
+    def __init__(self, op: str, kernel, seen: dict, sizes: str) -> None:
+        self.op, self.tuner, self.seen, self.sizes = op, kernel, seen, sizes
 
     def __getitem__(self, grid) -> Callable:
         def write_down(*args, **kwargs) -> None:
@@ -92,20 +121,19 @@ class _Recorder:
             notes = {p.name: "constexpr" if p.is_constexpr else p.annotation_type for p in kernel.params}
             arguments = tuple(_argument(n, v, notes[n]) for n, v in given.items())
             for config in self.tuner.configs:
-                self.seen.setdefault(
-                    (kernel.__name__, arguments, str(config)), Variant(self.op, kernel, arguments, config)
-                )
+                variant = Variant(self.op, kernel, arguments, config, self.sizes)
+                self.seen.setdefault((kernel.__name__, arguments, str(config)), variant)
 
         return write_down
 
 
 @contextlib.contextmanager
-def recording(op: str, seen: dict) -> Iterator[None]:
+def recording(op: str, seen: dict, sizes: str = "") -> Iterator[None]:
     """Launches inside are written into `seen` and do not happen."""
     rooms = (bpr_kd, emb_kd, list_kd, scatter, spmm, topk)
     before = [room.wrap_triton for room in rooms]
     for room in rooms:
-        room.wrap_triton = lambda kernel: _Recorder(op, kernel, seen)
+        room.wrap_triton = lambda kernel: _Recorder(op, kernel, seen, sizes)
     try:
         yield
     finally:
@@ -113,10 +141,10 @@ def recording(op: str, seen: dict) -> Iterator[None]:
             room.wrap_triton = wrap
 
 
-def _calls(dtype: torch.dtype, d: int) -> Iterator[tuple[str, Callable[[], object]]]:
-    """(op, call) for every launch a training step or an evaluation makes, on meta tensors of Tiktok's size."""
+def _calls(dtype: torch.dtype, sizes: Sizes) -> Iterator[tuple[str, Callable[[], object]]]:
+    """(op, call) for every launch a training step or an evaluation makes, on meta tensors."""
     meta, acc = torch.device("meta"), launch.accumulate_type(dtype)
-    users, items, nnz, batch, length, modalities = 14343, 8690, 276637, 1024, 11, 3
+    users, items, nnz, batch, length, modalities, d = astuple(sizes)
 
     def table(*shape: int, of: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=of, device=meta)
@@ -176,11 +204,11 @@ def _calls(dtype: torch.dtype, d: int) -> Iterator[tuple[str, Callable[[], objec
 
 
 @functools.cache
-def variants(dtype: torch.dtype = torch.float32, d: int = 64) -> list[Variant]:
-    """Every kernel with every configuration, as the ops launch it for tables of `dtype` with `d` columns."""
+def variants(dtype: torch.dtype = torch.float32, sizes: str = "") -> list[Variant]:
+    """Every kernel with every configuration, as the ops launch it for tables of `dtype`; `sizes`: a key of OTHERS."""
     seen: dict = {}
-    for op, call in _calls(dtype, d):
-        with recording(op, seen):
+    for op, call in _calls(dtype, OTHERS.get(sizes, TIKTOK)):
+        with recording(op, seen, sizes):
             call()
     return list(seen.values())
 
@@ -196,28 +224,41 @@ def _plain(found: list[Variant]) -> list[Variant]:
 
 
 @functools.cache
-def _todo() -> tuple[tuple[Variant, str], ...]:
-    plain, narrow = _plain(variants()), _plain(variants(torch.bfloat16))
-    # None for a tensor that is not given makes another kernel: those are compiled with the fixed configuration
-    special = [v for v in variants() if v not in plain and str(v.config) == str(launch.configs_of(v.kernel)[0])]
+def _todo(full: bool) -> tuple[tuple[Variant, str], ...]:
+    """(variant, target), as `rows` says."""
+    plain = _plain(variants())
     todo = [(v, arch) for arch in TARGETS for v in plain]
-    return (*todo, *((v, "sm_86") for v in (*narrow, *special)))
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        found = _plain(variants(dtype))
+        for arch in TARGETS:
+            every, fixed = (
+                full or (dtype, arch) == (torch.bfloat16, "sm_86"),
+                arch == "sm_86" or dtype == torch.bfloat16,
+            )
+            todo += [(v, arch) for v in found if every or (fixed and v.fixed)]
+    # None for a tensor that is not given makes another kernel
+    special = [v for v in variants() if v not in plain] + [v for sizes in OTHERS for v in _plain(variants(sizes=sizes))]
+    todo += [(v, arch) for arch in (TARGETS if full else ("sm_86",)) for v in special if v.fixed]
+    # a kernel that no table enters is the same for every type
+    return tuple({(v.name, v.arguments, str(v.config), arch): (v, arch) for v, arch in reversed(todo)}.values())[::-1]
 
 
-def _row(position: int) -> dict:
-    v, arch = _todo()[position]
+def _row(full: bool, position: int) -> dict:
+    v, arch = _todo(full)[position]
     row = {"op": v.op, "kernel": v.name, "config": v.label, "arch": arch}
     return row | resources(v.compile(TARGETS[arch]), TARGETS[arch])
 
 
-def rows(jobs: int = 2) -> list[dict]:
+def rows(jobs: int = 2, full: bool = False) -> list[dict]:
     """What the compiler made of every kernel: op, kernel, config, arch and `resources`.
 
-    Every kernel with every configuration for every target; for sm_86 also with bfloat16 tables, and with the tensors
-    left out that a launch may leave out.
+    Every kernel with every configuration for every target, for tables of every type, and with the fixed configuration
+    for the sizes of OTHERS and with the tensors left out that a launch may leave out. Not `full`: only float32 for every
+    target and bfloat16 for sm_86 with every configuration; else the fixed one, bfloat16 for every target and the rest
+    for sm_86.
     """
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return list(pool.map(_row, range(len(_todo())), chunksize=4))
+        return list(pool.map(functools.partial(_row, full), range(len(_todo(full))), chunksize=4))
 
 
 def _tool(name: str) -> str:

@@ -229,8 +229,10 @@ def page(cuda: list[dict] | None, triton: list[dict] | None) -> str:
         "",
         f"Architectures: {', '.join(ARCHS)}, for CUDA C++ with PTX of the last, and gfx942 (AMD MI300) for Triton. Numbers that differ",
         "between them stand in this order. `*`: a fast path. `load bits`: the widest load from global memory. Occupancy is",
-        "theoretical: what registers, threads and shared memory allow (K = 11 candidates, k = 20). Triton: d = 64, K = 11, float32",
-        "with every configuration; for sm_86 also bfloat16, and the fixed configuration with optional inputs left out.",
+        "theoretical: what registers, threads and shared memory allow (K = 11 candidates, k = 20). Triton: d = 64, K = 11, all four",
+        "table types with every configuration, and with the fixed configuration: optional inputs left out (lines that look like",
+        "another), and the sizes before a colon. `d=65` stands for all odd sizes and more than 2^31 entries: its loads are narrow.",
+        "The tests compile a part of these lines again in every run: float32 for every target, the rest for some.",
         "",
         *kernel_table([dict(r, impl="CUDA") for r in cuda or ()] + with_blocks(triton or [])),
     ]
@@ -253,7 +255,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--library", type=Path, default=gpu_report_cuda.LIBRARY)
-    parser.add_argument("--triton", type=Path, help="rows as JSON instead of compiling the Triton kernels (2 minutes)")
+    parser.add_argument(
+        "--triton", type=Path, help="rows as JSON instead of compiling the Triton kernels (several minutes)"
+    )
     parser.add_argument("--no-triton", action="store_true")
     options = parser.parse_args()
     cuda = None

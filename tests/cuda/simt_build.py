@@ -63,8 +63,10 @@ def kernels() -> dict[int, str]:
     if shutil.which("nm") is None:
         pytest.skip("no nm to list the kernels with")
     listed = subprocess.run(["nm", "-C", "--defined-only", str(library())], capture_output=True, text=True, check=True)
-    found = re.findall(r"^(\w+) \w (?:void )?mmkd::cuda::\(anonymous namespace\)::(\w+_kernel\b[^(]*)\(", listed.stdout, re.M)
-    return {int(address, 16): name for address, name in found}
+    kernel = (
+        r"^(\w+) \w (?:void )?mmkd::cuda::\(anonymous namespace\)::(\w+_kernel\b[^(]*)\([^()]*\)$"  # not its lambdas
+    )
+    return {int(address, 16): name for address, name in re.findall(kernel, listed.stdout, re.M)}
 
 
 def run(arguments: list[str], timeout: float = 600, **environment: str) -> subprocess.CompletedProcess:

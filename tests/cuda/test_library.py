@@ -73,6 +73,7 @@ def test_every_architecture_has_every_kernel():
     per_arch = {a: sorted((r["kernel"], r["config"]) for r in rows() if r["arch"] == a) for a in archs}
     assert len({json.dumps(v) for v in per_arch.values()}) == 1
     assert archs <= set(gpu_report.ARCHS)
+    assert {r["shared_bytes"] for r in rows() if r["kernel"] == "merge_kernel"} == {0}  # the system's is not counted
 
 
 @built

@@ -101,3 +101,34 @@ def test_another_stream_and_a_cuda_graph(op, impl, monkeypatch):
             leaf.mul_(0.5)
     replay()
     torch.testing.assert_close(out, call("reference", *leaves).detach(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("op", calls("cpu"))
+def test_forward_and_backward_in_a_cuda_graph(op, impl, monkeypatch):
+    usable(op, impl)
+    monkeypatch.setenv("MMKD_TRITON_FIXED", "1")
+    call, leaves = calls()[op]
+    out = [torch.zeros_like(leaf) for leaf in leaves]
+
+    def step() -> None:
+        for kept, grad in zip(out, torch.autograd.grad(call(impl, *leaves), leaves), strict=True):
+            kept.copy_(grad)
+
+    replay = gpu.captured(step)
+    with torch.no_grad():
+        for leaf in leaves:
+            leaf.mul_(0.5)
+    replay()
+    for mine, truth in zip(out, run(call, leaves, "reference")[1:], strict=True):
+        torch.testing.assert_close(mine, truth, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("op", calls("cpu"))
+def test_on_a_device_that_is_not_the_current_one(op, impl):
+    usable(op, impl)
+    call, leaves = calls("cuda:1")[op]
+    for mine, truth in zip(run(call, leaves, impl), run(call, leaves, "reference"), strict=True):
+        torch.testing.assert_close(mine, truth, rtol=1e-4, atol=1e-4)

@@ -249,7 +249,9 @@ def test_a_tensor_on_another_device_is_refused(name):
     given = {"rowptr": rowptr, "col": col, "value": value, "row_scale": torch.ones(4), "col_scale": torch.ones(5)}
     with pytest.raises(ValueError, match=rf"{name}: expected on cpu like x, got meta"):
         if name == "rows":
-            ops.propagate(g := make_graph(), torch.randn(g.num_nodes, 3), 1, torch.zeros(2, dtype=torch.int64).to("meta"))
+            ops.propagate(
+                g := make_graph(), torch.randn(g.num_nodes, 3), 1, torch.zeros(2, dtype=torch.int64).to("meta")
+            )
         else:
             ops.spmm(x=torch.randn(5, 3), **(given | {name: given[name].to("meta")}))
 

@@ -42,7 +42,7 @@ def case_opcheck():
 
 def case_every_op_runs_on_its_tensors_device(monkeypatch):
     """Triton launches on the current device, which on a machine with several may be another."""
-    current = []
+    current, wanted = [], []
 
     @contextlib.contextmanager
     def device_of(tensor):
@@ -51,7 +51,7 @@ def case_every_op_runs_on_its_tensors_device(monkeypatch):
         current.pop()
 
     def launched(kernel):
-        assert current and current[-1] is first
+        assert current and current[-1] is wanted[-1]
         return kernel
 
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
@@ -65,6 +65,7 @@ def case_every_op_runs_on_its_tensors_device(monkeypatch):
         (UE, lambda: ns.topk(UE, IE, 2, None, None, None)),
         (g.rowptr, lambda: ns.propagate(g.rowptr, g.col, g.scale, torch.randn(9, 2), 1, None)),
     ):
+        wanted.append(first)
         call()
 
 
