@@ -209,6 +209,16 @@ def with_blocks(rows: list[dict]) -> list[dict]:
     return [{**r, "impl": "Triton", "block": 32 * w} for r, w in zip(rows, warps, strict=True)]
 
 
+def spilling(rows: list[dict]) -> list[str]:
+    """The Triton variants that spill, in a sentence. Without a stack nothing went to memory."""
+    names = [
+        f"{r['kernel']} ({r['config']}, {r['arch']}, {r['spill_bytes']} B{'' if r['stack_bytes'] else ', no stack'})"
+        for r in rows
+        if r["spill_bytes"] or r["stack_bytes"]
+    ]
+    return [f"Triton variants that spill, of {len(rows)}: {'; '.join(names) or 'none'}."]
+
+
 def page(cuda: list[dict] | None, triton: list[dict] | None) -> str:
     """The page's text."""
     lines = [
@@ -233,6 +243,7 @@ def page(cuda: list[dict] | None, triton: list[dict] | None) -> str:
         "table types with every configuration, and with the fixed configuration: optional inputs left out (lines that look like",
         "another), and the sizes before a colon. `d=65` stands for all odd sizes and more than 2^31 entries: its loads are narrow.",
         "The tests compile a part of these lines again in every run: float32 for every target, the rest for some.",
+        *spilling(triton or []),
         "",
         *kernel_table([dict(r, impl="CUDA") for r in cuda or ()] + with_blocks(triton or [])),
     ]

@@ -23,7 +23,7 @@ ELEMENTS = {
 # Threads of a block, and dynamic shared memory at the paper's sizes (K = 11, k = 20).
 BLOCK = {"topk_kernel": 256}
 DYNAMIC_SHARED = {"list_forward_kernel": 4 * 11 * 4, "list_backward_kernel": 4 * 11 * 4, "topk_kernel": 64 * 20 * 8}
-# What the compiler counts of the system's own shared memory; `gpu_report.occupancy` adds it for every architecture.
+# What the compiler counts of the system's own shared memory where a kernel has any; `gpu_report.occupancy` adds it for every architecture.
 SYSTEM_SHARED = {"sm_90": 1024}
 _FUNCTION = re.compile(r"_\d+_(\w+)_kernel_cu_[0-9a-f]{8}(\d+)(\w+)")
 _ARGUMENTS = re.compile(r"^I(f|d|i|l|6__half|13__nv_bfloat16)(?:Li(\d+)E)?E")
@@ -72,7 +72,7 @@ def _resources(library: Path) -> dict[tuple[str, str], dict]:
             numbers = dict(re.findall(r"(\w+):(\d+)", line))
             found[arch, function] = {
                 "registers": int(numbers["REG"]),
-                "shared_bytes": int(numbers["SHARED"]) - SYSTEM_SHARED.get(arch, 0),
+                "shared_bytes": max(0, int(numbers["SHARED"]) - SYSTEM_SHARED.get(arch, 0)),
                 "stack_bytes": int(numbers["STACK"]) + int(numbers["LOCAL"]),
             }
     return found
