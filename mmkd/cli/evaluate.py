@@ -18,16 +18,12 @@ def evaluate_run(
 ) -> None:
     """Evaluate a run's student again, on the data it was trained on (the fingerprint is checked)."""
     with Friendly():
-        from safetensors.torch import load_file
-
         from mmkd.config import load_config
         from mmkd.evaluation import evaluate
-        from mmkd.serving import RunLoadError
+        from mmkd.serving import load
         from mmkd.training.run_folder import RunFolder
 
-        if not (run / "student.safetensors").exists():
-            raise RunLoadError(f"{run}: no student.safetensors; it is no finished run folder")
-        dataset, ks = RunFolder(run).dataset(data), load_config(run / "config.yaml").evaluation.ks
-        tables = load_file(run / "student.safetensors")
-        for name, value in evaluate(tables["user_emb"], tables["item_emb"], dataset, part, ks).items():
+        student, ks = load(run), load_config(run / "config.yaml").evaluation.ks
+        dataset = RunFolder(run).dataset(data)
+        for name, value in evaluate(student.user_emb, student.item_emb, dataset, part, ks).items():
             typer.echo(f"{part} {name:<14} {value:.4f}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,16 @@ from .files import open_npy
 from .ids import first_duplicate
 from .table import ITEM_NAMES, read_columns
 
-__all__ = ["TFIDF", "image_encoder", "image_features", "image_files", "read_texts", "text_encoder", "text_features"]
+__all__ = [
+    "TFIDF",
+    "image_encoder",
+    "image_features",
+    "image_files",
+    "read_image",
+    "read_texts",
+    "text_encoder",
+    "text_features",
+]
 
 TFIDF = "tfidf"
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
@@ -127,7 +137,6 @@ def image_encoder(model: str) -> Encoder:
     try:
         import open_clip
         import torch
-        from PIL import Image
     except (ImportError, RuntimeError) as error:  # a torchvision built for another torch raises the latter
         raise ImportError(f"image models need open_clip: pip install 'mmkd[image]' ({error})") from error
     name, slash, pretrained = model.partition("/")
@@ -139,18 +148,28 @@ def image_encoder(model: str) -> Encoder:
     loaded.eval()
 
     def encode(files: Sequence[Path]) -> np.ndarray:
-        images = []
-        for path in files:
-            try:
-                with Image.open(path) as image:
-                    images.append(preprocess(image.convert("RGB")))
-            except OSError as error:
-                raise DataError(f"{path}: cannot be read as an image ({error})") from None
         with torch.no_grad():
-            vectors = loaded.encode_image(torch.stack(images)).float()
+            vectors = loaded.encode_image(torch.stack([preprocess(read_image(path)) for path in files])).float()
         return torch.nn.functional.normalize(vectors, dim=1).numpy()
 
     return encode
+
+
+def read_image(path: Path):
+    """An image file as RGB (`PIL.Image.Image`), of at most 89 million pixels (`PIL.Image.MAX_IMAGE_PIXELS`).
+
+    Raises:
+        DataError: no image, a damaged one, or one of more pixels.
+    """
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                return image.convert("RGB")
+    except Exception as error:  # whatever the decoders say of a broken file
+        raise DataError(f"{path}: cannot be read as an image ({type(error).__name__}: {error})") from error
 
 
 def _tfidf(texts: Sequence[str], dim: int) -> np.ndarray:
@@ -179,11 +198,11 @@ def _encode(
     _start(partial, {"model": model, "block": block, "items": len(ids), "content": _digest(ids, things)})
     files = []
     for start in range(0, len(things), block):
-        path = partial / f"{start:09d}.npy"
+        path, some = partial / f"{start:09d}.npy", things[start : start + block]
         files.append(path)
-        if not path.exists():
-            rows = np.asarray(encoder(things[start : start + block]), np.float32)
-            if rows.ndim != 2 or len(rows) != len(things[start : start + block]):
+        if not _is_block(path, len(some)):
+            rows = np.asarray(encoder(some), np.float32)
+            if rows.ndim != 2 or len(rows) != len(some):
                 raise DataError(f"model {model}: expected one vector for each item, got shape {rows.shape}")
             check_features(rows, Path(f"{name} of items {start} ..."), ids[start : start + block])
             write_atomic(path, lambda temporary, rows=rows: np.save(temporary, rows))
@@ -198,12 +217,21 @@ def _encode(
     return written
 
 
+def _is_block(path: Path, rows: int) -> bool:
+    """Whether a stopped run left a whole block there; a damaged one is made again."""
+    try:
+        array = open_npy(path)
+    except DataError:
+        return False
+    return array.ndim == 2 and array.dtype == np.float32 and len(array) == rows and bool(np.isfinite(array).all())
+
+
 def _start(partial: Path, plan: dict[str, Any]) -> None:
     """Keeps the blocks of a stopped run of the same plan; those of another plan are removed."""
     about = partial / "plan.json"
     try:
         same = json.loads(about.read_text(encoding="utf-8")) == plan
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         same = False
     if not same:
         shutil.rmtree(partial, ignore_errors=True)

@@ -10,7 +10,17 @@ import numpy as np
 from .errors import DataError
 from .files import SMALL, expect_kind, open_npy
 
-__all__ = ["as_ids", "distinct", "first_duplicate", "ids_from_text", "locate", "read_ids", "text_array", "unify"]
+__all__ = [
+    "as_ids",
+    "distinct",
+    "first_duplicate",
+    "ids_from_text",
+    "locate",
+    "read_ids",
+    "read_lines",
+    "text_array",
+    "unify",
+]
 
 
 def text_array(values: Sequence[str], where: object = "ids") -> np.ndarray:
@@ -97,6 +107,23 @@ def locate(universe: np.ndarray, ids: np.ndarray) -> np.ndarray:
     return np.where(universe[position] == ids, position, -1)
 
 
+def read_lines(path: Path) -> list[str]:
+    """Ids as text, one a line.
+
+    Raises:
+        DataError: an empty line, or a file that is no UTF-8 text.
+    """
+    expect_kind(path, "text")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: expected UTF-8 text with one id a line ({error})") from None
+    empty = next((number for number, line in enumerate(lines, 1) if not line.strip()), None)
+    if empty is not None:
+        raise DataError(f"{path}: line {empty} is empty; expected one id a line")
+    return lines
+
+
 def read_ids(path: Path) -> np.ndarray:
     """Ids from ``.txt`` (one a line) or ``.npy``.
 
@@ -110,14 +137,7 @@ def read_ids(path: Path) -> np.ndarray:
             raise DataError(f"{path}: ids must be a 1-D array, found shape {array.shape}")
         ids = as_ids(array, path)
     else:
-        expect_kind(path, "text")
-        try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: expected UTF-8 text with one id a line ({error})") from None
-        if "" in lines:
-            raise DataError(f"{path}: line {lines.index('') + 1} is empty; expected one id a line")
-        ids = ids_from_text(lines, path)
+        ids = ids_from_text(read_lines(path), path)
     twice = first_duplicate(ids)
     if twice is not None:
         raise DataError(

@@ -160,6 +160,8 @@ def read_csr(path: Path) -> sparse.csr_matrix:
     kind, shape = _kind_and_shape(path, arrays)
     if kind != b"csr":
         raise DataError(f"{path}: expected a csr matrix, found {kind.decode()}")
+    if arrays["data"].dtype.kind not in "biuf":
+        raise DataError(f"{path}: entries must be numbers, found dtype {arrays['data'].dtype}")
     try:
         matrix = sparse.csr_matrix((arrays["data"], arrays["indices"], arrays["indptr"]), shape=shape)
         matrix.check_format(full_check=True)

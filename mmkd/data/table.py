@@ -24,6 +24,7 @@ import numpy as np
 from .errors import DataError
 from .files import MOST_EXPANSION, SMALL, expect_kind
 from .ids import as_ids, ids_from_text, text_array
+from .parquet import check_parquet
 
 __all__ = [
     "ITEM_NAMES",
@@ -179,20 +180,11 @@ def _check_header(path: Path, header: list[str]) -> None:
 
 
 def _read_parquet(path: Path) -> Table:
-    expect_kind(path, "parquet")
-    try:
-        import pyarrow.parquet as pq
-    except ImportError:
-        raise ImportError(f"{path}: reading Parquet needs pyarrow; type: pip install 'mmkd[demo]'") from None
+    check_parquet(path)
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
     try:
-        metadata = pq.ParquetFile(path).metadata
-        most = max(10_000_000, 64 * path.stat().st_size)
-        if metadata.num_rows > most:
-            raise DataError(
-                f"{path}: the footer claims {metadata.num_rows:,} rows; expected at most {most:,} in this size"
-            )
         text = [field.name for field in pq.read_schema(path) if _is_text(pa, field.type)]
         # text that repeats is kept once: otherwise a small file can unpack to any size
         table = pq.read_table(path, read_dictionary=text)

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import yaml
-from safetensors.torch import load_file
 
 from mmkd import ops
 from mmkd.config import Config, load_config
@@ -20,6 +19,8 @@ from mmkd.evaluation import evaluate_per_user, metrics
 from mmkd.evaluation.evaluator import as_exclude, relevant_items, seen_items
 from mmkd.experiments.writing import new_figure
 from mmkd.files import write_text
+from mmkd.serving import Recommender
+from mmkd.serving import load as load_student
 from mmkd.training.run_folder import RunFolder
 
 CUTOFF = 20
@@ -85,6 +86,7 @@ def measure(path: Path, part: str, data: str = "") -> Measured:
 
     Raises:
         ReportError: no finished run, other data than it was trained on, or a run that serves no tables.
+        RunLoadError, RunError, ConfigError: a damaged one.
     """
     folder = RunFolder(path)
     if not (path / "config.yaml").exists():
@@ -97,20 +99,20 @@ def measure(path: Path, part: str, data: str = "") -> Measured:
     expected, got = folder.info()["data"]["fingerprint"], dataset.fingerprint()
     if expected != got:
         raise ReportError(f"{path}: the data has changed since (fingerprint {expected[:12]}, now {got[:12]})")
-    tables = load_file(path / "student.safetensors")
-    per_user = evaluate_per_user(tables["user_emb"], tables["item_emb"], dataset, part, (CUTOFF, 50))
-    users, items, extra = _breakdown(tables, dataset, part, per_user.values[f"recall@{CUTOFF}"], per_user.users)
+    student = load_student(path)
+    per_user = evaluate_per_user(student.user_emb, student.item_emb, dataset, part, (CUTOFF, 50))
+    users, items, extra = _breakdown(student, dataset, part, per_user.values[f"recall@{CUTOFF}"], per_user.users)
     return Measured(path.name, config, folder.info(), folder.metrics(), per_user.mean() | extra, users, items)
 
 
-def _breakdown(tables, dataset: Dataset, part: str, recall: np.ndarray, users: np.ndarray):
+def _breakdown(student: Recommender, dataset: Dataset, part: str, recall: np.ndarray, users: np.ndarray):
     relevant = relevant_items(dataset, part)[users]
     exclude = as_exclude(seen_items(dataset, part))
     import torch
 
     rows = torch.from_numpy(users)
     k = min(CUTOFF, dataset.num_items)
-    ranked = ops.topk(tables["user_emb"], tables["item_emb"], k, users=rows, exclude=exclude)[1].numpy()
+    ranked = ops.topk(student.user_emb, student.item_emb, k, users=rows, exclude=exclude)[1].numpy()
     popularity = np.bincount(dataset.train.indices, minlength=dataset.num_items)
     hits = ranked[metrics.hit_matrix(ranked, relevant)]
     wanted = np.bincount(relevant.indices, minlength=dataset.num_items)

@@ -11,7 +11,8 @@ import numpy as np
 
 from mmkd.data import DataError
 from mmkd.data.files import expect_kind
-from mmkd.data.ids import ids_from_text
+from mmkd.data.ids import ids_from_text, read_lines
+from mmkd.data.parquet import check_parquet
 from mmkd.data.table import ITEM_NAMES, USER_NAMES, read_columns
 from mmkd.files import write_atomic
 from mmkd.serving.explain import Explainer
@@ -94,17 +95,12 @@ def read_item_list(path: str | Path) -> np.ndarray:
     """
     path = Path(path)
     if path.suffix.lower() in SUFFIXES:
-        expect_kind(path, "parquet" if path.suffix.lower() == ".parquet" else "text")
         table = read_columns(path)
         name = next((name for name in ITEM_NAMES if name in table.names), None)
         if name is None:
             raise DataError(f"{path}: no item column: expected item or item_id, found {', '.join(table.names)}")
         return table.ids(name)
-    expect_kind(path, "text")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    if "" in lines:
-        raise DataError(f"{path}: line {lines.index('') + 1} is empty; expected one item id a line")
-    return ids_from_text(lines)
+    return ids_from_text([line.strip() for line in read_lines(path)], path)
 
 
 def _pyarrow():
@@ -214,27 +210,37 @@ def _known(
 
 def _blocks(path: Path, column: str | None) -> Iterator[list]:
     """Original user ids of a file, at most `BLOCK` at a time."""
-    arrow = _pyarrow()
     first = 1
     try:
         for batch in _batches(path, column):
             for start in range(0, len(batch), BLOCK):
-                ids = batch[start : start + BLOCK].to_pylist()
+                ids = _values(batch[start : start + BLOCK])
                 bad = next((at for at, value in enumerate(ids) if value is None or value == ""), None)
                 if bad is not None:
                     raise DataError(f"{path}: row {first + bad} has no user; expected an id, found nothing")
                 first += len(ids)
                 yield ids
-    except (arrow.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error})") from None
+    except DataError:
+        raise
+    except Exception as error:  # whatever Arrow says of a broken file
+        raise DataError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
+
+
+def _values(block) -> list:
+    """A block of a column as Python values; text that repeats is one object."""
+    if not hasattr(block, "dictionary"):
+        return block.to_pylist()
+    known, where = np.unique(block.indices.fill_null(-1).to_numpy(zero_copy_only=False), return_inverse=True)
+    texts = block.dictionary.take(_pyarrow().array(known, mask=known < 0)).to_pylist()
+    return [texts[at] for at in where.tolist()]
 
 
 def _batches(path: Path, column: str | None) -> Iterator:
     arrow = _pyarrow()
     if path.suffix.lower() == ".parquet":
-        expect_kind(path, "parquet")
-        with arrow.parquet.ParquetFile(path) as file:
-            name = _user_column(path, file.schema_arrow.names, column)
+        check_parquet(path)
+        name = _user_column(path, arrow.parquet.read_schema(path).names, column)
+        with arrow.parquet.ParquetFile(path, read_dictionary=[name]) as file:
             for batch in file.iter_batches(batch_size=BLOCK, columns=[name]):
                 yield batch.column(0)
         return

@@ -8,16 +8,12 @@ from pathlib import Path
 import numpy as np
 import scipy.sparse as sp
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from mmkd import ops
 from mmkd.config import load_config
-from mmkd.data.files import open_npz
-from mmkd.data.npz import read_csr
 from mmkd.graph import BipartiteGraph
-from mmkd.serving.recommend import RunLoadError
+from mmkd.serving.recommend import RunLoadError, load, load_layer0
 
 TRAIN = 1.0  # in seen.npz; validation interactions are 2: no message passes along them
 
@@ -88,17 +84,15 @@ def load_explainer(run_dir: str | Path) -> Explainer:
 
     Raises:
         RunLoadError: a file is missing or damaged, or the run was made before explanations were.
+        ConfigError: its `config.yaml` is damaged.
     """
-    path = Path(run_dir)
+    student = load(run_dir)
+    train = student.seen.multiply(student.seen == TRAIN).tocsr()
+    train.eliminate_zeros()
+    train.sort_indices()
+    layers = load_config(Path(run_dir) / "config.yaml").student.layers
+    tables = student.user_emb, student.item_emb, *load_layer0(run_dir, student)
     try:
-        tables = load_file(path / "student.safetensors")
-        seen, item_ids = read_csr(path / "seen.npz"), open_npz(path / "ids.npz")["item_ids"]
-        train = seen.multiply(seen == TRAIN).tocsr()
-        train.eliminate_zeros()
-        train.sort_indices()
-        names = ("user_emb", "item_emb", "user_emb0", "item_emb0")
-        return Explainer(
-            *(tables[name] for name in names), train, load_config(path / "config.yaml").student.layers, item_ids
-        )
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise RunLoadError(f"{path}: cannot be explained: {error}") from error
+        return Explainer(*tables, train, layers, student.item_ids)
+    except RunLoadError as error:
+        raise RunLoadError(f"{run_dir}: cannot be explained: {error}") from None

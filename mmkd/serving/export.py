@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from mmkd.data.files import open_npy, open_npz
 from mmkd.data.ids import text_array
+from mmkd.data.parquet import check_parquet
 from mmkd.files import make_folder, write_atomic, write_folder, write_json
 from mmkd.serving.recommend import Recommender, load
 
@@ -188,6 +189,8 @@ def _write_parquet(tables: Tables, folder: Path) -> None:
 
 def _read_parquet(folder: Path) -> Tables:
     arrow = _library("parquet")
+    for kind in ("users", "items"):
+        check_parquet(folder / f"{kind}.parquet")
     users, items = (arrow.parquet.read_table(folder / f"{kind}.parquet") for kind in ("users", "items"))
 
     def values(table, column: str) -> np.ndarray:

@@ -183,6 +183,28 @@ def _checked_seen(seen: sp.csr_matrix, num_users: int, num_items: int) -> sp.csr
     return seen.sorted_indices()
 
 
+def load_layer0(run_dir: str | Path, student: Recommender) -> tuple[Tensor, Tensor]:
+    """The layer-0 tables of a run's student, floating `[U, d]` and `[I, d]`: those its tables are the propagation of.
+
+    Raises:
+        RunLoadError: they are missing, of another shape or dtype than the student's tables, or hold NaN or Inf.
+    """
+    path, found = Path(run_dir) / "student.safetensors", []
+    try:
+        tables = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise RunLoadError(f"{path}: damaged or missing: {error}") from error
+    for name, like in (("user_emb0", student.user_emb), ("item_emb0", student.item_emb)):
+        table = tables.get(name)
+        if table is None or (table.shape, table.dtype) != (like.shape, like.dtype) or not torch.isfinite(table).all():
+            raise RunLoadError(
+                f"{path}: expected a finite {name}, {like.dtype} {tuple(like.shape)}, found "
+                + ("none" if table is None else f"{table.dtype} {tuple(table.shape)}")
+            )
+        found.append(table)
+    return found[0], found[1]
+
+
 def load(run_dir: str | Path) -> Recommender:
     """The student of a run folder, ready to recommend.
 

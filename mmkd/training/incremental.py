@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import scipy.sparse as sp
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from mmkd import ops
@@ -25,7 +24,7 @@ from mmkd.evaluation.evaluator import as_exclude, relevant_items, seen_items
 from mmkd.files import write_text
 from mmkd.models.lightgcn import LightGCN
 from mmkd.reference.sampling import below, philox4x32
-from mmkd.serving.recommend import Recommender, RunLoadError, load
+from mmkd.serving.recommend import Recommender, load, load_layer0
 from mmkd.training.run_folder import RunError, RunFolder
 from mmkd.training.stage import Stage, StageResult
 from mmkd.training.stop import Stop
@@ -84,7 +83,7 @@ def update(
         source, old.seen, old.user_ids, old.item_ids, read_interactions(new, columns, ignore), new,
         val_fraction=u.val_fraction, test_fraction=u.test_fraction, seed=settings.seed, item_names=old.item_names,
     )  # fmt: skip
-    layer0 = _layer0(run, old)
+    layer0 = load_layer0(run, old)
     folder = _start(run, new, out, settings, joined, resume)
     with folder.held():
         write_npz(joined.dataset, folder.path / "data")
@@ -130,14 +129,6 @@ def _start(run: Path, new: Path, out: str | Path | None, settings: Config, joine
 
 def _sha256(path: Path) -> str:
     return hashlib.sha256(np.memmap(path, mode="r")).hexdigest()
-
-
-def _layer0(run: Path, old: Recommender) -> tuple[Tensor, Tensor]:
-    tables = load_file(run / "student.safetensors")
-    for name, like in (("user_emb0", old.user_emb), ("item_emb0", old.item_emb)):
-        if name not in tables or tables[name].shape != like.shape or not torch.isfinite(tables[name]).all():
-            raise RunLoadError(f"{run}: student.safetensors: expected a finite {name} of shape {tuple(like.shape)}")
-    return tables["user_emb0"], tables["item_emb0"]
 
 
 def extend_table(users: Tensor, items: Tensor, interactions: sp.csr_matrix) -> Tensor:

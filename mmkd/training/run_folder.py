@@ -127,8 +127,9 @@ class RunFolder:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             raise RunError(f"{path} is missing or damaged: {error}") from error
-        if not isinstance(content, dict) or not isinstance(content.get("data"), dict):
-            raise RunError(f"{path} is damaged: expected an object with the entry 'data'")
+        data = content.get("data") if isinstance(content, dict) else None
+        if not isinstance(data, dict) or not all(isinstance(data.get(key), str) for key in ("name", "fingerprint")):
+            raise RunError(f"{path} is damaged: expected an object with 'data', its 'name' and its 'fingerprint'")
         return content
 
     def update_info(self, **values: Any) -> None:

@@ -26,10 +26,22 @@ from hypothesis import strategies as st
 
 import mmkd
 from mmkd.config import Config, ConfigError, load_config
-from mmkd.data import DataError, convert, load, synthetic
+from mmkd.data import DataError, convert, encode, load, synthetic
+from mmkd.data.joining import join
+from mmkd.data.table import read_interactions
 from mmkd.graph import BipartiteGraph
 from mmkd.models.lightgcn import LightGCN, initial_table
-from mmkd.serving import ExportError, RunLoadError, export, load_export
+from mmkd.serving import (
+    ExportError,
+    Recommender,
+    RunLoadError,
+    export,
+    load_explainer,
+    load_export,
+    read_item_list,
+    recommend_file,
+)
+from mmkd.serving.batch import _batches
 from mmkd.training import CheckpointError, RunError
 from mmkd.training.checkpoint import save_checkpoint, training_tensors
 from mmkd.training.run_folder import RunFolder
@@ -121,6 +133,106 @@ def _stage(folder: Path) -> Stage:
     return Stage(task, config.lightgcn, config, d, RunFolder(folder), 3)
 
 
+def _make_typed(folder: Path) -> None:
+    """RecBole files as they come: one `.inter` to be split by time, an `.item` with every type of field."""
+    lines = [f"{user}\t{item}\t{n % 5}\t{1_600_000_000 + n}" for n, (user, item) in enumerate(_pairs())]
+    (folder / "shop.inter").write_text(
+        "user_id:token\titem_id:token\trating:float\ttimestamp:float\n" + "\n".join(lines)
+    )
+    rows = [f"i{n}\tItem é {n}\t{1990 + n}\t{n} {n / 7}" for n in range(20)]
+    (folder / "shop.item").write_text("item_id:token\ttitle:token_seq\tyear:token\tvec:float_seq\n" + "\n".join(rows))
+
+
+def _write_column(folder: Path, name: str, column: str, values: list) -> None:
+    """The same column as CSV, TSV and Parquet, after another one."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for ending, delimiter in (("csv", ","), ("tsv", "\t")):
+        lines = [f"{n}{delimiter}{value}" for n, value in enumerate(values)]
+        (folder / f"{name}.{ending}").write_text("\n".join([f"other{delimiter}{column}", *lines]))
+    table = pa.table({"other": np.arange(len(values)), column: [str(value) for value in values]})
+    pq.write_table(table, folder / f"{name}.parquet", row_group_size=50)
+
+
+def _student() -> Recommender:
+    generator = torch.Generator().manual_seed(0)
+    tables = (torch.randn(n, 3, generator=generator) for n in (30, 20))
+    seen = synthetic(30, 20, 300, seed=1).train
+    names = (np.asarray([f"{mark}{n}" for n in range(count)]) for mark, count in (("u", 30), ("i", 20)))
+    return Recommender(*tables, *names, seen)
+
+
+def _make_users(folder: Path) -> None:
+    _write_column(folder, "users", "user", [f"u{n % 30}" for n in range(100)])
+    _write_column(folder, "deny", "item_id", [f"i{n}" for n in range(0, 20, 2)])
+    (folder / "deny.txt").write_text("\n".join(f"i{n}" for n in range(0, 20, 2)))
+
+
+def _read_users(folder: Path) -> None:
+    student = _student()
+    for path in sorted(folder.glob("deny.*")):
+        student.restricted(deny=read_item_list(path))
+    for path in sorted(folder.glob("users.*")):
+        recommend_file(student, path, folder / f"out{path.suffix}", k=2)
+        (folder / f"out{path.suffix}").unlink()
+
+
+def _make_new(folder: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [(f"u{n % 40}", f"i{n % 29}", 1_600_000_000 + n) for n in range(150)]
+    (folder / "new.csv").write_text("user,item,timestamp\n" + "\n".join(",".join(map(str, row)) for row in rows))
+    (folder / "new.tsv").write_text("user_id\titem_id\n" + "\n".join(f"{user}\t{item}" for user, item, _ in rows))
+    users, items, times = zip(*rows, strict=True)
+    pq.write_table(pa.table({"user": users, "item": items, "time": times}), folder / "new.parquet")
+
+
+def _read_new(folder: Path) -> None:
+    """What `mmkd update` reads of new interactions."""
+    student = _student()
+    for path in sorted(folder.glob("new.*")):
+        joined = join("shop", student.seen, student.user_ids, student.item_ids, read_interactions(path), path)
+        assert joined.pairs
+
+
+def _make_items(folder: Path) -> None:
+    from PIL import Image
+
+    _write_column(folder, "items", "item", [f"i{n}" for n in range(20)])
+    pixels = np.random.default_rng(0).integers(0, 255, (9, 11, 3), np.uint8)
+    for name in ("a.png", "b.jpg", "c.gif", "d.webp", "e.bmp"):
+        Image.fromarray(pixels).save(folder / name)
+
+    def stop(done: int, _: int) -> None:
+        if done == 12:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _encode(folder, stop)
+
+
+def _encode(folder: Path, progress: Callable[[int, int], None] | None = None) -> np.ndarray:
+    ids = np.asarray([f"i{n}" for n in range(20)])
+    path = encode.text_features(
+        ids, ids.tolist(), folder, model="m", block=4, progress=progress,
+        encoder=lambda texts: np.asarray([[float(text[1:]), 1.0] for text in texts]),
+    )  # fmt: skip
+    return np.load(path)
+
+
+def _read_items(folder: Path) -> None:
+    """What `mmkd features` reads: texts, images, and the blocks a stopped run left."""
+    for path in sorted(folder.glob("items.*")):
+        encode.read_texts(path, "other")
+    for path in sorted(path for path in folder.iterdir() if path.suffix in encode.IMAGES):
+        assert encode.read_image(path).mode == "RGB"
+    with tempfile.TemporaryDirectory(dir=folder.parent) as place:
+        shutil.copytree(folder / ".text_feat.partial", Path(place) / ".text_feat.partial")
+        assert _encode(Path(place)).shape == (20, 2)
+
+
 def _make_checkpoint(folder: Path) -> None:
     (folder / "checkpoints").mkdir()
     stage = _stage(folder)
@@ -150,15 +262,14 @@ def _make_run(folder: Path) -> None:
 def _read_run(folder: Path) -> None:
     student = mmkd.load(folder)
     assert len(student.recommend(student.user_ids[:2].tolist(), 3)) == 2
+    assert len(load_explainer(folder).reasons(0, np.arange(3))) == 3
     RunFolder(folder).metrics()
-    RunFolder(folder).info()
+    assert RunFolder(folder).info()["data"]["name"]
     load_config(folder / "config.yaml")
 
 
 def _make_export(to: str) -> Callable[[Path], None]:
     def make(folder: Path) -> None:
-        from mmkd.serving import Recommender
-
         ids = np.asarray([f"p{n}" for n in range(5)])
         student = Recommender(torch.randn(4, 3), torch.randn(5, 3), np.arange(4), ids, sp.csr_matrix((4, 5)), ids)
         export(student, to, folder / "export")
@@ -183,6 +294,10 @@ TARGETS = {
     "parquet": Target(_make_parquet, _read_data, (DataError,)),
     "mmrec": Target(_make_converted("mmrec"), _read_data, (DataError,)),
     "recbole": Target(_make_converted("recbole"), _read_data, (DataError,)),
+    "recbole, typed": Target(_make_typed, _read_data, (DataError,)),
+    "users": Target(_make_users, _read_users, (DataError,)),
+    "new": Target(_make_new, _read_new, (DataError,)),
+    "items": Target(_make_items, _read_items, (DataError,)),
     "checkpoint": Target(_make_checkpoint, _read_checkpoint, (CheckpointError,)),
     "run": Target(_make_run, _read_run, (RunLoadError, RunError, ConfigError)),
     **{
@@ -333,6 +448,37 @@ def test_parquet_that_repeats_one_text_a_million_times_is_read_without_a_copy_ea
     pq.write_table(pa.table({"user": long, "item": pa.array(np.arange(1_000_000))}), tmp_path / "interactions.parquet")
     assert (tmp_path / "interactions.parquet").stat().st_size < 10_000_000
     with pytest.raises(DataError, match="characters"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("lie", ["a page of 2 GB in its header", "pages of 160 MB that are all spaces"])
+def test_parquet_pages_are_refused_before_room_is_made_for_them(lie, tmp_path, bounded_memory):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path, users = tmp_path / "interactions.parquet", [f"u{n}" for n in range(5000)]
+    table = pa.table({"user": users, "item": users})
+    if lie.endswith("header"):
+        pq.write_table(table, path, compression="snappy", use_dictionary=False)
+        data, at = path.read_bytes(), pq.read_metadata(path).row_group(0).column(1).data_page_offset
+        assert data[at : at + 3] == b"\x15\x00\x15"  # type: data page; then the unpacked size, here a number of 3 bytes
+        path.write_bytes(data[: at + 3] + b"\xfe\xff\xff\xff\x0f" + data[at + 6 :])
+    else:
+        blank = pa.array([" " * 1_000_000] * 80)
+        pq.write_table(pa.table({"user": blank, "item": blank}), path, compression="zstd", use_dictionary=False)
+    for read in (load, lambda _: list(_batches(path, None)), lambda _: read_item_list(path)):
+        with pytest.raises(DataError, match="claim to unpack to") as caught:
+            read(tmp_path)
+        assert not _asked_for_too_much(caught.value)
+
+
+def test_json_ids_of_more_than_4300_digits(tmp_path):
+    """Python's int() refuses them; ids of digits are still ordered by their value."""
+    long = "9" * 5000
+    (tmp_path / "train.json").write_text(f'{{"{long}": [0, 1], "10": [1], "9": [0], "010": [1], "{long[1:]}0": [1]}}')
+    assert load(tmp_path).user_ids.tolist() == ["9", "010", "10", long[1:] + "0", long]
+    (tmp_path / "train.json").write_text(f'{{"1": [0, {long}]}}')
+    with pytest.raises(DataError, match=r"train\.json.*4300 digits"):
         load(tmp_path)
 
 
