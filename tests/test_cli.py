@@ -81,7 +81,7 @@ def test_data_and_info(folder):
         (["train", "--config", "/nowhere.yaml"], "does not exist"),
         (["train", "--data", "/nowhere"], "nowhere"),
         (["train", "--resume"], "name the run folder with --out"),
-        (["eval", "/nowhere"], "no finished run folder"),
+        (["eval", "/nowhere"], "it is no run folder"),
         (["recommend", "/nowhere", "--user", "1"], "it is no run folder"),
     ],
 )  # fmt: skip

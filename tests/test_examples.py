@@ -46,6 +46,7 @@ def test_pyg_model_methods_stay(example):
         ours.get_embedding(edges, torch.ones(edges.shape[1]))
 
 
+@pytest.mark.slow
 def test_recbole(example):
     pytest.importorskip("recbole", reason="RecBole is not installed: pip install 'recbole>=1.2,<1.3'")
     result = example("recbole_lightgcn").main(epochs=3)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmkd import ops
-from mmkd.config import load_config
+from mmkd.config import ConfigError, load_config
 from mmkd.graph import BipartiteGraph
 from mmkd.serving.recommend import RunLoadError, load, load_layer0
 
@@ -84,15 +84,14 @@ def load_explainer(run_dir: str | Path) -> Explainer:
 
     Raises:
         RunLoadError: a file is missing or damaged, or the run was made before explanations were.
-        ConfigError: its `config.yaml` is damaged.
     """
     student = load(run_dir)
     train = student.seen.multiply(student.seen == TRAIN).tocsr()
     train.eliminate_zeros()
     train.sort_indices()
-    layers = load_config(Path(run_dir) / "config.yaml").student.layers
-    tables = student.user_emb, student.item_emb, *load_layer0(run_dir, student)
     try:
+        layers = load_config(Path(run_dir) / "config.yaml").student.layers
+        tables = student.user_emb, student.item_emb, *load_layer0(run_dir, student)
         return Explainer(*tables, train, layers, student.item_ids)
-    except RunLoadError as error:
+    except (RunLoadError, ConfigError) as error:
         raise RunLoadError(f"{run_dir}: cannot be explained: {error}") from None
