@@ -80,6 +80,7 @@ def test_data_and_info(folder):
         (["train", "--set", "teacher.lr=-1"], "teacher.lr"),
         (["train", "--config", "/nowhere.yaml"], "does not exist"),
         (["train", "--data", "/nowhere"], "nowhere"),
+        (["train", "--data", "synthetic", "--set", "data.options.users=9"], "data.options: expected arguments"),
         (["train", "--resume"], "name the run folder with --out"),
         (["eval", "/nowhere"], "it is no run folder"),
         (["recommend", "/nowhere", "--user", "1"], "it is no run folder"),

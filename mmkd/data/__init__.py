@@ -4,7 +4,7 @@ from .convert import CONVERTERS, convert
 from .dataset import Dataset
 from .demo import load_demo
 from .errors import DataError, DataWarning
-from .loading import load
+from .loading import load, load_configured
 from .rows import from_rows, from_tuples
 from .sampling import Batch, Sampler
 from .summary import describe
@@ -22,6 +22,7 @@ __all__ = [
     "from_rows",
     "from_tuples",
     "load",
+    "load_configured",
     "load_demo",
     "synthetic",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,7 +26,10 @@ from .raw import ONE_FILE, RawData
 from .synthesis import synthetic
 from .table import TABLE_SUFFIXES, RawInteractions, read_interactions
 
-__all__ = ["FORMATS", "SPLITS", "build", "load", "make_plan"]
+if TYPE_CHECKING:
+    from mmkd.config import DataConfig
+
+__all__ = ["FORMATS", "SPLITS", "build", "load", "load_configured", "make_plan"]
 
 FORMATS = ("auto", "npz", "json", "table", "mmrec", "recbole")
 SPLITS = ("given", "random", "leave-last-out", "time")
@@ -100,6 +103,21 @@ def load(
     _refuse_given(f"the {kind} format", columns=columns, ignore=ignore, min_count=min_count > 1, core=core > 1)
     dataset = (load_npz if kind == "npz" else load_json)(_folder(paths[0]), features=features, name=name)
     return dataset if split in (None, "given") else _resplit(dataset, plan)
+
+
+def load_configured(settings: DataConfig, seed: int, path: str | Path = "") -> Dataset:
+    """What the settings `data.*` name, or the same read from `path`.
+
+    Raises:
+        DataError: as `load`, and for entries of `data.options` that it does not take.
+    """
+    try:
+        return load(path or settings.path, format=settings.format, split=settings.split, seed=seed, **settings.options)
+    except TypeError as error:
+        given = ", ".join(map(repr, settings.options))
+        raise DataError(
+            f"data.options: expected arguments that mmkd.data.load takes here, got {given} ({error})"
+        ) from error
 
 
 @dataclass(frozen=True)

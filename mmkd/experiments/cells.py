@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mmkd.config import Config, load_config
-from mmkd.data import Dataset, load
+from mmkd.data import Dataset, load_configured
 from mmkd.training import train
 from mmkd.training.run_folder import RunFolder
 
@@ -59,8 +59,7 @@ class Study:
     def dataset(self, seed: int) -> Dataset:
         """The data as a run with this seed sees it (the split may depend on the seed)."""
         if seed not in self.datasets:
-            d = self.config.data
-            self.datasets[seed] = load(d.path, format=d.format, split=d.split, seed=seed, **d.options)
+            self.datasets[seed] = load_configured(self.config.data, seed)
         return self.datasets[seed]
 
     @cached_property

@@ -14,13 +14,12 @@ import yaml
 
 from mmkd import ops
 from mmkd.config import Config, load_config
-from mmkd.data import Dataset, load
+from mmkd.data import Dataset, load_configured
 from mmkd.evaluation import evaluate_per_user, metrics
 from mmkd.evaluation.evaluator import as_exclude, relevant_items, seen_items
 from mmkd.experiments.writing import new_figure
 from mmkd.files import write_text
-from mmkd.serving import Recommender
-from mmkd.serving import load as load_student
+from mmkd.serving import Recommender, load
 from mmkd.training.run_folder import RunFolder
 
 CUTOFF = 20
@@ -94,12 +93,11 @@ def measure(path: Path, part: str, data: str = "") -> Measured:
     if not (path / "student.safetensors").exists():
         raise ReportError(f"{path}: no student.safetensors; the run is not finished, or its model has no embeddings")
     config = load_config(path / "config.yaml")
-    d = config.data
-    dataset = load(data or d.path, format=d.format, split=d.split, seed=config.seed, **d.options)
+    dataset = load_configured(config.data, config.seed, data)
     expected, got = folder.info()["data"]["fingerprint"], dataset.fingerprint()
     if expected != got:
         raise ReportError(f"{path}: the data has changed since (fingerprint {expected[:12]}, now {got[:12]})")
-    student = load_student(path)
+    student = load(path)
     per_user = evaluate_per_user(student.user_emb, student.item_emb, dataset, part, (CUTOFF, 50))
     users, items, extra = _breakdown(student, dataset, part, per_user.values[f"recall@{CUTOFF}"], per_user.users)
     return Measured(path.name, config, folder.info(), folder.metrics(), per_user.mean() | extra, users, items)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mmkd.config import Config, StageConfig, load_config
-from mmkd.data import Dataset, load, synthetic
+from mmkd.data import Dataset, load_configured, synthetic
 from mmkd.files import write_text
 from mmkd.graph import BipartiteGraph
 from mmkd.training.run_folder import RunFolder, versions
@@ -246,8 +246,7 @@ def report(result: dict[str, Any]) -> str:
 
 
 def _open(config: Config, folder: Path, dataset: Dataset | None = None) -> Run:
-    d = config.data
-    dataset = dataset or load(d.path, format=d.format, split=d.split, seed=config.seed, **d.options)
+    dataset = dataset or load_configured(config.data, config.seed)
     return Run(config, dataset, RunFolder.start(folder, config, dataset, resume=False))
 
 

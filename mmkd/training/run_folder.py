@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from mmkd.config import Config, load_config, read_yaml
-from mmkd.data import Dataset, load
+from mmkd.data import Dataset, load_configured
 from mmkd.files import append_line, make_folder, sweep, write_atomic, write_json, write_text
 from mmkd.training.loggers import Logger, Loggers
 
@@ -172,10 +172,8 @@ class RunFolder:
             RunError: the data has changed since.
         """
         settings = load_config(self.path / "config.yaml")
-        d, own = settings.data, self.path / "data"
-        dataset = load(
-            path or (own if own.is_dir() else d.path), format=d.format, split=d.split, seed=settings.seed, **d.options
-        )
+        own = self.path / "data"
+        dataset = load_configured(settings.data, settings.seed, path or (own if own.is_dir() else ""))
         expected, got = self.info()["data"]["fingerprint"], dataset.fingerprint()
         if expected != got:
             raise RunError(f"{self.path}: the data has changed since (fingerprint {expected[:12]}, now {got[:12]})")

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mmkd.config import Config, ConfigError, StageConfig, load_config
-from mmkd.data import Dataset, load
+from mmkd.data import Dataset, load_configured
 from mmkd.evaluation import evaluate, evaluate_scores
 from mmkd.files import write_atomic
 from mmkd.graph import BipartiteGraph
@@ -89,8 +89,7 @@ def train(
     if settings.threads:
         torch.set_num_threads(settings.threads)
     if dataset is None:
-        d = settings.data
-        dataset = load(d.path, format=d.format, split=d.split, seed=settings.seed, **d.options)
+        dataset = load_configured(settings.data, settings.seed)
     _check_features(settings, dataset)
     listening = [*make_loggers(settings.log), *loggers]
     folder = RunFolder.start(out, settings, dataset, resume)
