@@ -47,7 +47,8 @@ class StageConfig(_Section):
 class LightGCNConfig(StageConfig):
     """LightGCN without distillation: the row of the summary the student has to beat."""
 
-    lr: float = Field(1e-3, gt=0, le=1, description="AdamW learning rate")
+    lr: float = Field(2e-3, gt=0, le=1, description="AdamW learning rate")
+    l2: float = Field(1e-3, ge=0, description="weight of the L2 term over the batch's own layer-0 rows")
     batch_size: int = Field(2048, ge=1, description="(user, positive) pairs per step")
     epochs: int = Field(300, ge=0, description="upper bound; early stopping usually ends sooner")
     eval_every: int = Field(5, ge=1, description="epochs between two looks at validation")
@@ -82,9 +83,9 @@ class PromptConfig(_Section):
 class TeacherConfig(StageConfig):
     """The multi-modal teacher (first stage)."""
 
-    lr: float = Field(1e-3, gt=0, le=1, description="AdamW learning rate")
+    lr: float = Field(3e-3, gt=0, le=1, description="AdamW learning rate")
     l2: float = Field(1e-3, ge=0, description="weight of the L2 term over the batch's own layer-0 rows")
-    batch_size: int = Field(2048, ge=1, description="(user, positive) pairs per step")
+    batch_size: int = Field(4096, ge=1, description="(user, positive) pairs per step")
     epochs: int = Field(300, ge=0, description="upper bound; early stopping usually ends sooner")
     eval_every: int = Field(5, ge=1, description="epochs between two looks at validation")
     layers: int = Field(3, ge=0, le=16, description="L_T, propagation layers of its id embeddings")
@@ -107,7 +108,7 @@ class TeacherConfig(StageConfig):
         "read at every look at validation",
     )
     fusion_power: float = Field(2.0, ge=0, description="the power in fusion=validation")
-    modality_loss: float = Field(0.5, ge=0, description="mu, weight of each modality head's own BPR")
+    modality_loss: float = Field(0.1, ge=0, description="mu, weight of each modality head's own BPR")
     prompt_loss: float = Field(0.1, ge=0, description="nu, weight of the prompt's own BPR")
     dropout: float = Field(0.2, ge=0, le=0.99, description="dropout on the projected features f^m")
     weight_decay: float = Field(1e-3, ge=0, description="AdamW's decoupled decay of W^m, b^m, W_P, b_P")
