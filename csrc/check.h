@@ -6,10 +6,6 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -66,30 +62,6 @@ inline void check_float(const Tensor& t, const char* name) {
 // The type sums are kept in: float32 for everything but float64.
 inline ScalarType accumulate_type(ScalarType t) {
   return t == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-// Fresh memory of several MB costs more in page faults than in writes: ask for huge pages, where the system gives them
-// on request. Advice only; nothing depends on it.
-inline void advise_huge_pages(const Tensor& t) {
-#if defined(__linux__)
-  constexpr uintptr_t huge = uintptr_t{1} << 21;
-  const size_t bytes = static_cast<size_t>(t.numel()) * t.element_size();
-  if (bytes < 2 * huge || !t.is_cpu()) return;
-  const uintptr_t first = (reinterpret_cast<uintptr_t>(t.const_data_ptr()) + huge - 1) & ~(huge - 1);
-  const uintptr_t last = (reinterpret_cast<uintptr_t>(t.const_data_ptr()) + bytes) & ~(huge - 1);
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
-
-inline Tensor empty(std::initializer_list<int64_t> sizes, const Tensor& like, ScalarType type) {
-  Tensor t =
-      torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), type);
-  advise_huge_pages(t);
-  return t;
-}
-
-inline Tensor empty(std::initializer_list<int64_t> sizes, const Tensor& like) {
-  return empty(sizes, like, like.scalar_type());
 }
 
 template <class T>

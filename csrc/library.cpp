@@ -21,6 +21,7 @@ std::string set_cpu_isa(std::string name) {
 STABLE_TORCH_LIBRARY(mmkd, m) {
   m.def("cpu_isa() -> str");
   m.def("set_cpu_isa(str name) -> str");
+  m.def("release_memory() -> int");  // bytes of the CPU ops' kept blocks that went back to the system
   m.def(
       "spmm(Tensor rowptr, Tensor col, Tensor x, Tensor? value, Tensor? row_scale, Tensor? col_scale, "
       "Tensor? t_rowptr, Tensor? t_col, Tensor? plan=None, Tensor? t_plan=None) -> Tensor");

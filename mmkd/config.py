@@ -105,7 +105,7 @@ class TeacherConfig(StageConfig):
     fusion: Literal["validation", "fixed"] = Field(
         "validation",
         description="omega of modality m: as given; or that times min(1, recall of its head / recall of the id part)^power, "
-        "read at every look at validation",
+        "0 where popularity ranks better, read at every look at validation",
     )
     fusion_power: float = Field(2.0, ge=0, description="the power in fusion=validation")
     modality_loss: float = Field(0.1, ge=0, description="mu, weight of each modality head's own BPR")

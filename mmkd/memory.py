@@ -5,10 +5,14 @@ from __future__ import annotations
 import ctypes
 import gc
 
+import torch
+
 
 def release() -> None:
-    """Collects garbage, and has glibc return its free blocks: it keeps those below 32 MB otherwise. Elsewhere: only the first."""
+    """Collects garbage and returns the blocks that the CPU ops keep for their next results (up to MMKD_KEEP_MB, 256 by
+    default), and those below 32 MB that glibc keeps."""
     gc.collect()
+    torch.ops.mmkd.release_memory()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

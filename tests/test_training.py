@@ -261,19 +261,19 @@ def test_a_modality_that_ranks_badly_counts_for_little(dataset, tmp_path):
     items = np.linalg.svd(dataset.train.toarray(), full_matrices=False)[2][: teacher.table.shape[1]]
     with (
         torch.no_grad()
-    ):  # the ids are the right singular vectors, and the users' means of them; the first head knows nothing
+    ):  # the ids are right singular vectors, and the users' sums of them; the first head knows nothing
         item_rows = torch.from_numpy(items.T.astype(np.float32))
         teacher.table.copy_(torch.cat([torch.from_numpy(dataset.train @ items.T).float(), item_rows]))
-        for weight in teacher.weights[:1]:
-            weight.zero_()
-    Gate(teacher, dataset, "recall@20", weight=0.7, power=2.0)()
-    out = teacher()
-    ids = evaluate(*teacher.split(out.ids.detach()), dataset, "val", (20,))["recall@20"]
-    floor = evaluate_scores(Popularity().fit(dataset).scores, dataset, "val", (20,))["recall@20"]
-    for m, (users, rows) in enumerate(zip(out.users, out.items, strict=True)):
-        head = evaluate(users.detach(), rows.detach(), dataset, "val", (20,))["recall@20"]
-        assert float(teacher.omega[m]) == pytest.approx(0.7 * min(1, head / max(ids, floor)) ** 2, rel=1e-5)
-    assert teacher.omega[0] < 0.5 * 0.7 and not teacher.omega.requires_grad
+        teacher.weights[0].zero_()
+    gate, out = Gate(teacher, dataset, "recall@20", weight=0.7, power=2.0), teacher()
+    assert gate.floor == evaluate_scores(Popularity().fit(dataset).scores, dataset, "val", (20,))["recall@20"]
+    tables = [teacher.split(out.ids), *zip(out.users, out.items, strict=True)]
+    ids, *heads = (evaluate(u.detach(), i.detach(), dataset, "val", (20,))["recall@20"] for u, i in tables)
+    for gate.floor in (min(heads), max(heads), 0.9):
+        gate()
+        wanted = [0.7 * (head > gate.floor) * min(1, head / max(ids, gate.floor)) ** 2 for head in heads]
+        assert teacher.omega.tolist() == pytest.approx(wanted, rel=1e-5) and not teacher.omega.requires_grad
+    assert heads[0] < heads[1]
 
 
 def test_omega_is_saved_with_the_teacher_and_may_be_fixed(finished, dataset, tmp_path):

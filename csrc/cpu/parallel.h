@@ -3,6 +3,7 @@
 #include <atomic>
 
 #include "check.h"
+#include "cpu/blocks.h"
 #include "cpu/dtype.h"
 #include "cpu/isa.h"
 

@@ -33,6 +33,14 @@ class Device {
   void* stream_ = nullptr;
 };
 
+inline Tensor empty(std::initializer_list<int64_t> sizes, const Tensor& like, ScalarType type) {
+  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), type);
+}
+
+inline Tensor empty(std::initializer_list<int64_t> sizes, const Tensor& like) {
+  return empty(sizes, like, like.scalar_type());
+}
+
 inline DType dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
     case ScalarType::Float:

@@ -12,11 +12,11 @@ from mmkd.models.teacher import Teacher
 
 
 class Gate:
-    """Sets `omega_m = omega min(1, r_m / max(r_id, r_pop))^power` in a teacher.
+    """Sets `omega_m = omega min(1, r_m / max(r_id, r_pop))^power` in a teacher, and 0 where `r_m <= r_pop`.
 
     `r_m`, `r_id` and `r_pop` are what the modality's head `F_u^m . F_i^m`, the id part `propagate(id)` and popularity reach
-    alone on validation. A head that ranks as well as the ids counts in full; one that does not beat popularity, hardly. Of
-    one length with the others, its `rownorm(F^m)` would else bury what the ids know. The paper has one weight for all.
+    alone on validation. A head that ranks as well as the ids counts in full; one that does not beat popularity, not at
+    all: of one length with the others, its `rownorm(F^m)` would bury what the ids know. The paper has one weight for all.
 
     Args:
         teacher: whose `omega` is set. dataset: with a validation part.
@@ -34,7 +34,7 @@ class Gate:
             out = self.teacher()
             reference = max(self._metric(*self.teacher.split(out.ids)), self.floor)
             heads = [self._metric(users, items) for users, items in zip(out.users, out.items, strict=True)]
-            shares = [min(1.0, head / reference) if reference else 1.0 for head in heads]
+            shares = [min(1.0, head / reference) if head > self.floor else 0.0 for head in heads]
             self.teacher.omega.copy_(torch.tensor(shares) ** self.power * self.weight)
 
     def _metric(self, users: Tensor, items: Tensor) -> float:
