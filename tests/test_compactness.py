@@ -32,7 +32,7 @@ def test_the_command_counts_what_is_trained(tmp_path):
     assert result.exit_code == 0, result.output
     assert (tmp_path / "c.md").read_text() in result.stdout
     found = json.loads((tmp_path / "c.json").read_text())
-    table, dense = 500 * 16, (40 + 24) * 16 + 2 * 16 + 16 * 16 + 16
+    table, dense = 500 * 16, (40 + 24) * 16 + 2 * 16 + 16 * 16 + 16 + 2  # the last: omega
     assert found["student"]["trainable"] == table and found["teacher"]["trainable"] == table + dense
     for stage in ("teacher", "student"):
         assert sum(math.prod(shape) for shape in found[stage]["parameters"].values()) == found[stage]["trainable"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ SMALL = (300, 200, 3000)
 def example(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
     monkeypatch.chdir(tmp_path)  # RecBole writes logs where it stands
-    return importlib.import_module
+    level = logging.getLogger().level
+    yield importlib.import_module
+    logging.getLogger().setLevel(level)  # and sets the level of everybody's
 
 
 def test_own_loop(example):
