@@ -231,11 +231,21 @@ const int64_t* rows_of(const Tensor& rows, int64_t num_nodes) {
 // Flags N(rows), and rows themselves if asked.
 std::vector<uint8_t> neighbourhood(const Csr& m, const int64_t* rows, int64_t n, bool with_rows) {
   std::vector<uint8_t> flags(m.num_rows, 0);
-  for (int64_t i = 0; i < n; ++i) {
-    check_row(m, rows[i], m.num_rows);
-    for (int64_t j = m.rowptr[rows[i]]; j < m.rowptr[rows[i] + 1]; ++j) flags[m.at(j)] = 1;
-    if (with_rows) flags[rows[i]] = 1;
-  }
+  std::atomic<int64_t> bad{-1};
+  for_range(n, 256, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t lo = m.rowptr[rows[i]], hi = m.rowptr[rows[i] + 1];
+      bool good = lo >= 0 && lo <= hi && hi <= m.nnz;
+      for (int64_t j = lo; good && j < hi; ++j) {
+        const int64_t c = m.at(j);
+        good = static_cast<uint64_t>(c) < static_cast<uint64_t>(m.num_rows);
+        if (good) __atomic_store_n(&flags[c], uint8_t{1}, __ATOMIC_RELAXED);  // whoever writes it writes 1
+      }
+      if (!good) return bad.store(rows[i]);
+      if (with_rows) __atomic_store_n(&flags[rows[i]], uint8_t{1}, __ATOMIC_RELAXED);
+    }
+  });
+  if (bad.load() >= 0) fail_row(m, bad.load(), m.num_rows);
   return flags;
 }
 
@@ -347,90 +357,102 @@ bool pulling_is_cheaper(const Csr& m, const std::vector<int64_t>& rows) {
   return 4 * edges > m.nnz;
 }
 
-// values [unique, d] at their rows of a table [nodes, d], zero elsewhere; unique ascending.
-Tensor spread_rows(const Tensor& values, const std::vector<int64_t>& unique, int64_t nodes) {
-  Tensor table = empty({nodes, values.size(1)}, values);
-  const int64_t bytes = values.size(1) * static_cast<int64_t>(values.element_size());
-  const char* from = data<char>(values);
-  char* to = mutable_data<char>(table);
-  for_range(nodes, 1024, [&](int64_t begin, int64_t end) {
-    auto next = std::lower_bound(unique.begin(), unique.end(), begin);
-    for (int64_t v = begin; v < end; ++v) {
-      if (next != unique.end() && *next == v) {
-        std::copy_n(from + (next - unique.begin()) * bytes, bytes, to + v * bytes);
-        ++next;
-      } else {
-        std::fill_n(to + v * bytes, bytes, 0);
-      }
-    }
-  });
-  return table;
+// position[rows[i]] = i, -1 elsewhere.
+std::vector<int32_t> positions(const std::vector<int64_t>& rows, int64_t nodes) {
+  std::vector<int32_t> position(nodes, -1);
+  for (size_t i = 0; i < rows.size(); ++i) position[rows[i]] = static_cast<int32_t>(i);
+  return position;
 }
 
-// The gradient of propagate(...)[rows] with respect to x. Â is symmetric, so it is the same Horner form; its first
-// layer starts from rows only and pushes them to their neighbours.
-Tensor backward_rows(const Graph& g, const Tensor& grad, int64_t num_layers, const int64_t* rows, int64_t n) {
-  const int64_t nodes = g.m.num_rows, d = grad.size(1);
-  const bool f64 = grad.scalar_type() == ScalarType::Double;
-  Tensor sums = empty({n, d}, grad);
-  std::vector<int64_t> unique;
-  if (f64) {
-    unique_rows(rows, n, data<double>(grad), d, unique, mutable_data<double>(sums));
-  } else {
-    unique_rows(rows, n, data<float>(grad), d, unique, mutable_data<float>(sums));
-  }
-  const int64_t count = static_cast<int64_t>(unique.size());
-  const int64_t row_bytes = d * static_cast<int64_t>(grad.element_size());
-  if (num_layers > 0 && pulling_is_cheaper(g.m, unique)) {
-    const Tensor table = spread_rows(sums, unique, nodes);
-    return horner(g, table, num_layers);
-  }
-  const std::vector<uint8_t> active =
-      num_layers > 0 ? neighbourhood(g.m, unique.data(), count, true) : std::vector<uint8_t>();
-
-  // h1 = g + Â g. Unflagged rows are read by nobody unless this is already the result.
-  Tensor h = empty({nodes, d}, grad);
-  char* to = mutable_data<char>(h);
+// h1 = g + Â g of gradient rows g at `rows`, by pushing them to their neighbours. Rows of h1 that are nobody's
+// neighbour and not among `rows` stay unwritten where `all` is false.
+void push_layer(const Graph& g, const Tensor& grad, const std::vector<int64_t>& rows, const uint8_t* active, bool all,
+                Tensor& h) {
+  const int64_t nodes = g.m.num_rows, d = grad.size(1), row_bytes = d * static_cast<int64_t>(grad.element_size());
+  char* to = static_cast<char*>(h.mutable_data_ptr());
   for_range(nodes, 1024, [&](int64_t begin, int64_t end) {
     for (int64_t v = begin; v < end; ++v) {
-      if (num_layers <= 1 || active[v]) std::fill_n(to + v * row_bytes, row_bytes, 0);
+      if (all || active[v]) std::fill_n(to + v * row_bytes, row_bytes, 0);
     }
   });
-  if (num_layers == 0) {
-    for (int64_t i = 0; i < count; ++i) {
-      std::copy_n(data<char>(sums) + i * row_bytes, row_bytes, to + unique[i] * row_bytes);
-    }
-    return h;
-  }
-  const PushArgs push{dtype_of(grad),        g.m.col64,     g.m.rowptr, g.m.col, g.scale,
-                      sums.const_data_ptr(), unique.data(), to,         count,   d};
+  const PushArgs push{dtype_of(grad),
+                      g.m.col64,
+                      g.m.rowptr,
+                      g.m.col,
+                      g.scale,
+                      grad.const_data_ptr(),
+                      rows.data(),
+                      to,
+                      static_cast<int64_t>(rows.size()),
+                      d};
   const int64_t pieces = 4 * torch::stable::get_num_threads();
   for_chunks(pieces, [&](int64_t p) { MMKD_ON_ISA(push_rows(push, nodes * p / pieces, nodes * (p + 1) / pieces)); });
+}
 
-  std::vector<int32_t> add_map(nodes, -1);
-  for (int64_t i = 0; i < count; ++i) add_map[unique[i]] = static_cast<int32_t>(i);
-  SpmmArgs a = args_of(g.m, h);
+void scale_by(Tensor& t, double factor) {
+  auto each = [&](auto* p) {
+    for_range(t.numel(), 1 << 16, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) p[i] *= factor;
+    });
+  };
+  t.scalar_type() == ScalarType::Double ? each(mutable_data<double>(t)) : each(mutable_data<float>(t));
+}
+
+Tensor scatter_rows(const Tensor& grad, const std::vector<int64_t>& rows, int64_t nodes) {
+  Tensor out = empty({nodes, grad.size(1)}, grad);
+  const int64_t bytes = grad.size(1) * static_cast<int64_t>(grad.element_size());
+  char* to = static_cast<char*>(out.mutable_data_ptr());
+  std::fill_n(to, nodes * bytes, 0);
+  for (size_t i = 0; i < rows.size(); ++i) {
+    std::copy_n(data<char>(grad) + static_cast<int64_t>(i) * bytes, bytes, to + rows[i] * bytes);
+  }
+  return out;
+}
+
+// The gradient of propagate(...)[rows] with respect to x. Â is symmetric, so it is the same Horner form, started from
+// the gradient's own rows: h1 = g + Â g, h <- g + Â h. grad: [len(rows), d]; rows ascending, each once.
+Tensor backward_rows(const Graph& g, const Tensor& grad, int64_t num_layers, const std::vector<int64_t>& rows) {
+  const int64_t nodes = g.m.num_rows, d = grad.size(1), count = static_cast<int64_t>(rows.size());
+  if (num_layers == 0) return scatter_rows(grad, rows, nodes);
+  const std::vector<int32_t> place = positions(rows, nodes);
+  SpmmArgs a = args_of(g.m, grad);
+  a.num_cols = nodes;
   a.row_scale = a.col_scale = g.scale;
-  a.add = sums.const_data_ptr();
-  a.add_map = add_map.data();
+  a.add = grad.const_data_ptr();
+  a.add_map = place.data();
+  Tensor h = empty({nodes, d}, grad);
+  std::vector<int32_t> written;  // maps a column to itself, -1 where h1 was not written
+  if (pulling_is_cheaper(g.m, rows)) {
+    a.col_map = place.data();
+    a.out = h.mutable_data_ptr();
+    a.alpha = num_layers == 1 ? 0.5 : 1.0;
+    run(g.m, a, nodes);
+    a.col_map = nullptr;
+  } else {
+    const std::vector<uint8_t> active = neighbourhood(g.m, rows.data(), count, true);
+    push_layer(g, grad, rows, active.data(), num_layers == 1, h);
+    if (num_layers == 1) scale_by(h, 0.5);
+    written.resize(nodes);
+    for (int64_t v = 0; v < nodes; ++v) written[v] = active[v] ? static_cast<int32_t>(v) : -1;
+    a.col_map = written.data();
+  }
   for (int64_t l = 2; l <= num_layers; ++l) {
     a.x = h.const_data_ptr();
-    a.active = l == 2 ? active.data() : nullptr;
     a.alpha = l == num_layers ? 1.0 / static_cast<double>(num_layers + 1) : 1.0;
     Tensor out = empty({nodes, d}, grad);
     a.out = out.mutable_data_ptr();
     run(g.m, a, nodes);
+    a.col_map = nullptr;
     h = out;
   }
-  if (num_layers == 1) {
-    auto halve = [&](auto* p) {
-      for_range(nodes * d, 1 << 16, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) p[i] /= 2;
-      });
-    };
-    f64 ? halve(mutable_data<double>(h)) : halve(mutable_data<float>(h));
-  }
   return h;
+}
+
+bool ascending(const int64_t* rows, int64_t n) {
+  for (int64_t i = 1; i < n; ++i) {
+    if (rows[i - 1] >= rows[i]) return false;
+  }
+  return true;
 }
 
 Tensor propagate_backward(Tensor rowptr, Tensor col, Tensor scale, Tensor grad, int64_t num_layers, OptTensor rows,
@@ -445,7 +467,17 @@ Tensor propagate_backward(Tensor rowptr, Tensor col, Tensor scale, Tensor grad, 
   const int64_t* r = rows_of(*rows, g.m.num_rows);
   // 16-bit gradients are propagated in float32: the sums of a row's neighbours need it anyway.
   const Tensor wide = type == acc ? grad : torch::stable::to(grad, acc);
-  const Tensor out = backward_rows(g, wide, num_layers, r, rows->numel());
+  const int64_t n = rows->numel();
+  Tensor sums = wide;  // gradients of repeated rows, added
+  std::vector<int64_t> unique;
+  if (ascending(r, n)) {
+    unique.assign(r, r + n);
+  } else {
+    sums = empty({n, grad.size(1)}, wide);
+    acc == ScalarType::Double ? unique_rows(r, n, data<double>(wide), grad.size(1), unique, mutable_data<double>(sums))
+                              : unique_rows(r, n, data<float>(wide), grad.size(1), unique, mutable_data<float>(sums));
+  }
+  const Tensor out = backward_rows(g, sums, num_layers, unique);
   return type == acc ? out : torch::stable::to(out, type);
 }
 

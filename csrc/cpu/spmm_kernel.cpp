@@ -6,8 +6,9 @@ namespace mmkd {
 namespace MMKD_ISA {
 namespace {
 
-constexpr int kAhead = 16;   // non-zeros between a prefetch and its use
-constexpr int kBlock = 256;  // non-zeros compacted at a time when inactive columns are skipped
+constexpr int kAhead = 16;    // non-zeros between a prefetch and its use
+constexpr int kBlock = 1024;  // non-zeros gathered at a time where columns are mapped,
+constexpr int kRows = 64;     // and rows
 
 template <class T, class I>
 struct Row {
@@ -126,30 +127,57 @@ MMKD_INLINE bool columns_in_range<int64_t>(const int64_t* col, int64_t n, int64_
   return n == 0 || worst < static_cast<uint64_t>(num_cols);
 }
 
-// The row's active non-zeros, compacted block by block; partial sums are carried through `out`-wide scratch only when
-// a row has more than one block, so short rows cost one pass.
+// Rows whose columns are looked up in `col_map`: the non-zeros that are not skipped are gathered into a buffer for as
+// many rows as fit, so that prefetching sees past the end of a short row.
 template <class T, class I>
-void active_row(const SpmmArgs& a, const Row<T, I>& row, const T* x, const Finish<T>& f) {
-  I col[kBlock];
+struct Mapped {
+  int32_t col[kBlock];
   Acc<T> w[kBlock];
-  int64_t n = 0, j = 0;
-  // Long rows first drop inactive columns; when everything fits one block this is the whole story.
-  while (j < row.n && n < kBlock) {
-    col[n] = row.col[j];
-    w[n] = weight_of(row, j, row.value != nullptr, row.col_scale != nullptr);
-    n += a.active[row.col[j]] != 0;
-    ++j;
+  Finish<T> finish[kRows];
+  int64_t end[kRows];  // of the row's part of `col`
+  int64_t rows = 0, n = 0;
+
+  void flush(const T* x, int64_t d) {
+    for (int64_t i = 0, from = 0; i < rows; from = end[i++]) {
+      whole_row(Row<T, int32_t>{col + from, w + from, nullptr, end[i] - from, n - from}, x, d, finish[i]);
+    }
+    rows = n = 0;
   }
-  if (j == row.n) return whole_row(Row<T, I>{col, w, nullptr, n, n}, x, a.d, f);
-  // More than a block: accumulate strip by strip over all blocks.
+
+  // False: the row alone has more than the buffer holds.
+  bool add(const SpmmArgs& a, const Row<T, I>& row, const T* x, const Finish<T>& f) {
+    if (rows == kRows || n + row.n > kBlock) flush(x, a.d);
+    const bool fits = row.n <= kBlock;
+    int64_t to = n;
+    for (int64_t j = 0; j < row.n; ++j) {
+      const int32_t at = a.col_map[row.col[j]];
+      if (!fits && to == kBlock) {  // full: only columns that are skipped may follow; what is behind `n` is void
+        if (at >= 0) return false;
+        continue;
+      }
+      col[to] = at;
+      w[to] = weight_of(row, j, row.value != nullptr, row.col_scale != nullptr);
+      to += at >= 0;
+    }
+    n = to;
+    finish[rows] = f;
+    end[rows++] = n;
+    return true;
+  }
+};
+
+// A row with more non-zeros than the buffer holds, strip by strip.
+template <class T, class I>
+void long_mapped_row(const SpmmArgs& a, const Row<T, I>& row, const T* x, const Finish<T>& f) {
   constexpr int64_t width = Vec<T>::size;
   for (int64_t c0 = 0; c0 < a.d; c0 += 8 * width) {
     const int64_t wide = a.d - c0 < 8 * width ? a.d - c0 : 8 * width;
     Acc<T> sum[8 * width] = {};
     for (int64_t k = 0; k < row.n; ++k) {
-      if (!a.active[row.col[k]]) continue;
+      const int32_t at = a.col_map[row.col[k]];
+      if (at < 0) continue;
       const Acc<T> wk = weight_of(row, k, row.value != nullptr, row.col_scale != nullptr);
-      const T* p = x + static_cast<int64_t>(row.col[k]) * a.d + c0;
+      const T* p = x + at * a.d + c0;
       int64_t c = 0;
       for (; c + width <= wide; c += width) {
         typename Vec<Acc<T>>::V s = Vec<Acc<T>>::load(sum + c) + wk * Vec<T>::load(p + c);
@@ -190,6 +218,7 @@ int64_t spmm_typed(const SpmmArgs& a, int64_t begin, int64_t end) {
   const T* x = static_cast<const T*>(a.x);
   const Acc<T>* value = static_cast<const Acc<T>*>(a.value);
   const Acc<T>* row_scale = static_cast<const Acc<T>*>(a.row_scale);
+  Mapped<T, I> mapped;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t r = a.rows ? a.rows[i] : i;
     const int64_t lo = a.rowptr[r], hi = a.rowptr[r + 1];
@@ -202,12 +231,13 @@ int64_t spmm_typed(const SpmmArgs& a, int64_t begin, int64_t end) {
     const int64_t ahead = (a.rows ? hi : a.nnz) - lo;
     const Row<T, I> row{col + lo, value ? value + lo : nullptr, static_cast<const Acc<T>*>(a.col_scale), hi - lo,
                         ahead};
-    if (a.active) {
-      active_row(a, row, x, f);
-    } else {
+    if (!a.col_map) {
       whole_row(row, x, a.d, f);
+    } else if (!mapped.add(a, row, x, f)) {
+      long_mapped_row(a, row, x, f);
     }
   }
+  mapped.flush(x, a.d);
   return -1;
 }
 

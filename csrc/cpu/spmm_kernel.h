@@ -19,7 +19,7 @@ struct SpmmArgs {
   const void* add;         // [*, d] or null
   const int32_t* add_map;  // [num_rows] row of `add` for a node, -1 for none; null: the same row
   const int64_t* rows;     // [n] rows to compute, or null for all
-  const uint8_t* active;   // [num_cols] 0 where x's row is to be read as zero; null: all are read
+  const int32_t* col_map;  // [num_cols] row of x for a column, -1: read as zero; null: the same row
   void* out;               // [n, d] if compact, else [num_rows, d]
   bool compact;
   int64_t num_rows, num_cols, nnz, d;
@@ -46,8 +46,8 @@ struct SddmmArgs {
 MMKD_KERNEL(int64_t sddmm(const SddmmArgs& a, int64_t begin, int64_t end))
 
 // The first backward layer of row-restricted propagation: gradient rows `g` of the nodes `rows` (sorted, unique) are
-// pushed to their neighbours in [target_begin, target_end). `h` rows of that range that are flagged in `active` must be
-// zero on entry. h[t] += scale[t] * scale[r] * g[i]; then h[r] += g[i].
+// pushed to their neighbours in [target_begin, target_end). `h` rows of that range that are neighbours must be zero on
+// entry. h[t] += scale[t] * scale[r] * g[i]; then h[r] += g[i].
 struct PushArgs {
   DType dtype;
   bool col64;
