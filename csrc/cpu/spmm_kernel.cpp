@@ -208,6 +208,22 @@ int64_t first_bad_row(const int64_t* rowptr, const I* col, int64_t begin, int64_
   return -1;
 }
 
+MMKD_INLINE bool dense_list(const int64_t* rows, int64_t begin, int64_t end) {
+  if (begin >= end || rows[end - 1] - rows[begin] >= 2 * (end - begin)) return false;
+  for (int64_t i = begin + 1; i < end; ++i) {
+    if (rows[i - 1] >= rows[i]) return false;
+  }
+  return true;
+}
+
+// The rows of x that the first non-zeros of row r will read. Nothing of r is checked yet.
+template <class T, class I>
+MMKD_INLINE void prefetch_head(const SpmmArgs& a, int64_t r, const I* col, const T* x) {
+  const int64_t lo = a.rowptr[r], hi = a.rowptr[r + 1];
+  if (lo < 0 || hi > a.nnz) return;
+  for (int64_t j = lo; j < hi && j < lo + kAhead; ++j) prefetch_row(x + static_cast<int64_t>(col[j]) * a.d, a.d);
+}
+
 template <class T, class I>
 int64_t spmm_typed(const SpmmArgs& a, int64_t begin, int64_t end) {
   const I* col = static_cast<const I*>(a.col);
@@ -218,20 +234,26 @@ int64_t spmm_typed(const SpmmArgs& a, int64_t begin, int64_t end) {
   const T* x = static_cast<const T*>(a.x);
   const Acc<T>* value = static_cast<const Acc<T>*>(a.value);
   const Acc<T>* row_scale = static_cast<const Acc<T>*>(a.row_scale);
+  // Of a list that leaves out few rows, what lies between is checked in one go as well.
+  const bool checked =
+      !a.rows || (dense_list(a.rows, begin, end) &&
+                  first_bad_row(a.rowptr, col, a.rows[begin], a.rows[end - 1] + 1, a.nnz, a.num_cols) < 0);
   Mapped<T, I> mapped;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t r = a.rows ? a.rows[i] : i;
     const int64_t lo = a.rowptr[r], hi = a.rowptr[r + 1];
-    if (a.rows && (lo < 0 || hi < lo || hi > a.nnz || !columns_in_range(col + lo, hi - lo, a.num_cols))) return r;
+    if (!checked && (lo < 0 || hi < lo || hi > a.nnz || !columns_in_range(col + lo, hi - lo, a.num_cols))) return r;
     const int64_t extra = a.add_map ? a.add_map[r] : r;
     const Finish<T> f{a.add && extra >= 0 ? static_cast<const T*>(a.add) + extra * a.d : nullptr,
                       row_scale ? row_scale[r] : Acc<T>(1), static_cast<Acc<T>>(a.alpha),
                       static_cast<T*>(a.out) + (a.compact ? i : r) * a.d};
     // Prefetching may look past this row, into the next one's columns, where rows are taken in order.
-    const int64_t ahead = (a.rows ? hi : a.nnz) - lo;
+    const bool in_order = !a.rows || (i + 1 < end && a.rows[i + 1] == r + 1);
+    const int64_t ahead = (in_order ? a.nnz : hi) - lo;
     const Row<T, I> row{col + lo, value ? value + lo : nullptr, static_cast<const Acc<T>*>(a.col_scale), hi - lo,
                         ahead};
     if (!a.col_map) {
+      if (!in_order && i + 1 < end) prefetch_head(a, a.rows[i + 1], col, x);
       whole_row(row, x, a.d, f);
     } else if (!mapped.add(a, row, x, f)) {
       long_mapped_row(a, row, x, f);
