@@ -102,7 +102,17 @@ std::vector<int64_t> cut_evenly(const Csr& m, const int64_t* rows, int64_t n) {
   return bounds;
 }
 
-void run(const Csr& m, const SpmmArgs& a, int64_t n) {
+// Whether a result is to pass the caches by: it is too large to be kept in one until it is read, or nobody here reads
+// it. Its lines are then not read before they are written, and x stays where it is.
+bool worth_streaming(const SpmmArgs& a, int64_t n, bool read_again) {
+  constexpr int64_t kFew = int64_t{4} << 20;  // bytes
+  const int64_t bytes = n * a.d * static_cast<int64_t>(sizeof(float));
+  const bool aligned = a.d % 16 == 0 && reinterpret_cast<uintptr_t>(a.out) % 64 == 0;
+  return a.dtype == DType::f32 && aligned && !a.compact && bytes >= (read_again ? 2 * kFew : kFew);
+}
+
+void run(const Csr& m, SpmmArgs a, int64_t n, bool read_again = false) {
+  a.stream = worth_streaming(a, n, read_again);
   const std::vector<int64_t> bounds = cut_evenly(m, a.rows, n);
   std::atomic<int64_t> bad{-1};
   for_chunks(static_cast<int64_t>(bounds.size()) - 1, [&](int64_t c) {
@@ -291,7 +301,7 @@ Tensor horner(const Graph& g, const Tensor& x, int64_t num_layers) {
     a.alpha = l == num_layers ? 1.0 / static_cast<double>(num_layers + 1) : 1.0;
     Tensor out = empty({g.m.num_rows, x.size(1)}, x);
     a.out = out.mutable_data_ptr();
-    run(g.m, a, g.m.num_rows);
+    run(g.m, a, g.m.num_rows, l < num_layers);
     h = out;
   }
   return h;
@@ -330,11 +340,11 @@ Tensor propagate(Tensor rowptr, Tensor col, Tensor scale, Tensor x, int64_t num_
       const std::vector<int64_t> needed = flagged(neighbourhood(g.m, wanted, n, false));
       if (!needed.empty()) {
         a.rows = needed.data();
-        run(g.m, a, static_cast<int64_t>(needed.size()));
+        run(g.m, a, static_cast<int64_t>(needed.size()), true);
         a.rows = nullptr;
       }
     } else {
-      run(g.m, a, g.m.num_rows);
+      run(g.m, a, g.m.num_rows, true);
     }
     h = out;
   }
@@ -428,7 +438,7 @@ Tensor backward_rows(const Graph& g, const Tensor& grad, int64_t num_layers, con
     a.col_map = place.data();
     a.out = h.mutable_data_ptr();
     a.alpha = num_layers == 1 ? 0.5 : 1.0;
-    run(g.m, a, nodes);
+    run(g.m, a, nodes, num_layers > 1);
     a.col_map = nullptr;
   } else {
     const std::vector<uint8_t> active = neighbourhood(g.m, rows.data(), count, true);
@@ -443,7 +453,7 @@ Tensor backward_rows(const Graph& g, const Tensor& grad, int64_t num_layers, con
     a.alpha = l == num_layers ? 1.0 / static_cast<double>(num_layers + 1) : 1.0;
     Tensor out = empty({nodes, d}, grad);
     a.out = out.mutable_data_ptr();
-    run(g.m, a, nodes);
+    run(g.m, a, nodes, l < num_layers);
     a.col_map = nullptr;
     h = out;
   }

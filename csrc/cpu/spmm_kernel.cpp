@@ -68,6 +68,7 @@ struct Finish {
   const T* add;  // null: nothing
   Acc<T> scale, alpha;
   T* out;
+  bool stream;
 };
 
 // A full pass over the row's non-zeros for NV vectors of columns from c0 on.
@@ -82,7 +83,11 @@ void columns(const Row<T, I>& row, const T* x, int64_t d, int64_t c0, const Fini
   for (int v = 0; v < NV; ++v) {
     typename W::V r = acc[v] * scale;
     if (add) r += W::load(add + c0 + v * W::size);
-    W::store(f.out + c0 + v * W::size, r * alpha);
+    if (f.stream) {
+      store_past_caches(f.out + c0 + v * W::size, r * alpha);
+    } else {
+      W::store(f.out + c0 + v * W::size, r * alpha);
+    }
   }
 }
 
@@ -246,7 +251,7 @@ int64_t spmm_typed(const SpmmArgs& a, int64_t begin, int64_t end) {
     const int64_t extra = a.add_map ? a.add_map[r] : r;
     const Finish<T> f{a.add && extra >= 0 ? static_cast<const T*>(a.add) + extra * a.d : nullptr,
                       row_scale ? row_scale[r] : Acc<T>(1), static_cast<Acc<T>>(a.alpha),
-                      static_cast<T*>(a.out) + (a.compact ? i : r) * a.d};
+                      static_cast<T*>(a.out) + (a.compact ? i : r) * a.d, a.stream};
     // Prefetching may look past this row, into the next one's columns, where rows are taken in order.
     const bool in_order = !a.rows || (i + 1 < end && a.rows[i + 1] == r + 1);
     const int64_t ahead = (in_order ? a.nnz : hi) - lo;
@@ -260,6 +265,7 @@ int64_t spmm_typed(const SpmmArgs& a, int64_t begin, int64_t end) {
     }
   }
   mapped.flush(x, a.d);
+  if (a.stream) finish_streams();
   return -1;
 }
 

@@ -22,6 +22,7 @@ struct SpmmArgs {
   const int32_t* col_map;  // [num_cols] row of x for a column, -1: read as zero; null: the same row
   void* out;               // [n, d] if compact, else [num_rows, d]
   bool compact;
+  bool stream;  // out is written past the caches; float32, aligned to 64 bytes, d a multiple of 16
   int64_t num_rows, num_cols, nnz, d;
   double alpha;
 };

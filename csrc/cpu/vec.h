@@ -171,6 +171,23 @@ struct Vec<f16_t> {
 template <class T>
 using Acc = typename Element<T>::Acc;
 
+// Stores a vector at an address aligned to its size without reading the cache line first or keeping it.
+template <class T>
+MMKD_INLINE void store_past_caches(T* p, typename Vec<T>::V v) {
+  Vec<T>::store(p, v);
+}
+#if defined(MMKD_ISA_avx512)
+MMKD_INLINE void store_past_caches(float* p, vf v) { _mm512_stream_ps(p, reinterpret_cast<__m512>(v)); }
+#elif defined(MMKD_ISA_avx2)
+MMKD_INLINE void store_past_caches(float* p, vf v) { _mm256_stream_ps(p, reinterpret_cast<__m256>(v)); }
+#endif
+// Before other threads may read what was stored so.
+MMKD_INLINE void finish_streams() {
+#if defined(MMKD_ISA_avx512) || defined(MMKD_ISA_avx2)
+  _mm_sfence();
+#endif
+}
+
 // Sum of a vector's lanes, in a fixed order: halves are added until one lane is left.
 template <class A, class V>
 MMKD_INLINE A halves_sum(V v) {
