@@ -26,14 +26,38 @@ MMKD_INLINE Acc<T> weight_of(const Row<T, I>& row, int64_t j, bool has_value, bo
   return w;
 }
 
-// acc[0..NV) += sum_j w_j * x[col_j][c0 ...]; the accumulators stay in registers.
+// Two neighbouring vectors of a row: as they lie, or (`split`) its even elements and its odd ones.
+template <class T>
+struct Two {
+  static constexpr bool split = false;
+};
+#if defined(MMKD_ISA_avx512)
+template <>
+struct Two<bf16_t> {  // a bfloat16 is the upper half of a float: a shift and a mask, where widening in order needs four
+  static constexpr bool split = true;
+  static MMKD_INLINE void load(const bf16_t* p, vf& even, vf& odd) {
+    const __m512i both = _mm512_loadu_si512(p);
+    even = reinterpret_cast<vf>(_mm512_slli_epi32(both, 16));
+    odd = reinterpret_cast<vf>(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
+  static MMKD_INLINE void in_order(vf& even, vf& odd) {
+    const __m512i lower = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i upper = _mm512_add_epi32(lower, _mm512_set1_epi32(8));
+    const __m512 e = reinterpret_cast<__m512>(even), o = reinterpret_cast<__m512>(odd);
+    even = reinterpret_cast<vf>(_mm512_permutex2var_ps(e, lower, o));
+    odd = reinterpret_cast<vf>(_mm512_permutex2var_ps(e, upper, o));
+  }
+};
+#endif
+
+// acc[0..NV) = sum_j w_j * x[col_j][c0 ...]; the accumulators stay in registers.
 template <int NV, class T, class I>
 MMKD_INLINE void gather(const Row<T, I>& row, const T* x, int64_t d, bool has_value, bool has_scale,
                         typename Vec<T>::V* acc) {
   using W = Vec<T>;
   typename W::V s[NV];
 #pragma GCC unroll 16
-  for (int v = 0; v < NV; ++v) s[v] = acc[v];
+  for (int v = 0; v < NV; ++v) s[v] = typename W::V{};
   for (int64_t j = 0; j < row.n; ++j) {
     if (j + kAhead < row.ahead) {
       const char* next = reinterpret_cast<const char*>(x + static_cast<int64_t>(row.col[j + kAhead]) * d);
@@ -42,8 +66,22 @@ MMKD_INLINE void gather(const Row<T, I>& row, const T* x, int64_t d, bool has_va
     }
     const T* p = x + static_cast<int64_t>(row.col[j]) * d;
     const Acc<T> w = weight_of(row, j, has_value, has_scale);
+    if constexpr (Two<T>::split && NV % 2 == 0) {
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; v += 2) {
+        typename W::V even, odd;
+        Two<T>::load(p + v * W::size, even, odd);
+        s[v] += w * even;
+        s[v + 1] += w * odd;
+      }
+    } else {
 #pragma GCC unroll 16
-    for (int v = 0; v < NV; ++v) s[v] += w * W::load(p + v * W::size);
+      for (int v = 0; v < NV; ++v) s[v] += w * W::load(p + v * W::size);
+    }
+  }
+  if constexpr (Two<T>::split && NV % 2 == 0) {
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; v += 2) Two<T>::in_order(s[v], s[v + 1]);
   }
 #pragma GCC unroll 16
   for (int v = 0; v < NV; ++v) acc[v] = s[v];
@@ -75,7 +113,7 @@ struct Finish {
 template <int NV, class T, class I>
 void columns(const Row<T, I>& row, const T* x, int64_t d, int64_t c0, const Finish<T> f) {
   using W = Vec<T>;
-  typename W::V acc[NV] = {};
+  typename W::V acc[NV];
   gather_any<NV>(row, x + c0, d, acc);
   const Acc<T> scale = f.scale, alpha = f.alpha;
   const T* add = f.add;
