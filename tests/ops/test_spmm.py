@@ -88,19 +88,46 @@ def test_rows_equal_full_and_isolated_nodes_keep_their_share():
     torch.testing.assert_close(full[lonely], x[lonely] / 4)
 
 
+# A hundredth of the non-zeros is pushed, more is gathered; a hub longer than the kernel's buffer either fits it, once what
+# has no gradient is left out, or does not.
+@pytest.mark.parametrize("share", [0.002, 0.3, 1.0])
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
-def test_a_hub_longer_than_a_compaction_block(num_layers):
-    # an item every one of 900 users has: its row is longer than the block the backward pass compacts into
-    users = np.arange(900)
-    g = BipartiteGraph.from_edges(np.r_[users, users], np.r_[np.zeros(900, int), 1 + users % 50], 900, 51)
-    rows = torch.tensor([3, 4, 900, 905])
+def test_rows_of_a_graph_with_a_hub(num_layers, share, cpu_isa):
+    count = 1500
+    users = np.arange(count)
+    g = BipartiteGraph.from_edges(np.r_[users, users], np.r_[np.zeros(count, int), 1 + users % 50], count, 51)
+    rows = torch.randperm(count)[: int(count * share)]
+    rows = torch.cat(
+        [rows, torch.tensor([count + 5])] if share < 1 else [rows, torch.arange(count, g.num_nodes), rows[:7]]
+    )
     for d in (7, 64, 70):
-        x = torch.randn(g.num_nodes, d, dtype=torch.float64)
-        a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
-        w = torch.randn(4, d, dtype=torch.float64)
-        ops.propagate(g, a, num_layers, rows).backward(w)
-        ops.propagate(g, b, num_layers, rows, impl="reference").backward(w)
-        torch.testing.assert_close(a.grad, b.grad, atol=1e-12, rtol=0)
+        x, w = torch.randn(g.num_nodes, d, dtype=torch.float64), torch.randn(len(rows), d, dtype=torch.float64)
+        for order in (rows, rows.unique()):
+            a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+            ours = ops.propagate(g, a, num_layers, order)
+            truth = ops.propagate(g, b, num_layers, order, impl="reference")
+            torch.testing.assert_close(ours, truth, atol=1e-12, rtol=0)
+            ours.backward(w[: len(order)])
+            truth.backward(w[: len(order)])
+            torch.testing.assert_close(a.grad, b.grad, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("d", [64, 72])
+def test_results_too_large_for_a_cache(d, dtype, cpu_isa):
+    g = make_graph(40_000, 3_000, 60_000)  # 11 MB of float32
+    torch.manual_seed(0)
+    x = torch.randn(g.num_nodes, d).to(dtype)
+    rows = torch.arange(0, g.num_nodes, 2)
+    truth = reference.propagate(g.rowptr, g.col, g.scale_as(torch.float64), x.double(), 2, None)
+    eager = reference.propagate(g.rowptr, g.col, g.scale, x, 2, None)
+    within_budget(ops.propagate(g, x, 2), eager, truth, dtype)
+    within_budget(ops.propagate(g, x, 2, rows), eager[rows], truth[rows], dtype)
+    leaf, exact = x.clone().requires_grad_(), x.double().requires_grad_()
+    w = torch.randn(len(rows), d).to(dtype)
+    ops.propagate(g, leaf, 2, rows).backward(w)
+    reference.propagate(g.rowptr, g.col, g.scale_as(torch.float64), exact, 2, rows).backward(w.double())
+    within_budget(leaf.grad, exact.grad.to(dtype), exact.grad, dtype)
 
 
 def test_inputs_that_are_not_contiguous_or_are_expanded():
