@@ -108,11 +108,14 @@ std::tuple<Tensor, Tensor, Tensor> bpr_kd_backward(Tensor grad_bpr, Tensor grad_
   }
   PairGrads grads(user_emb, item_emb, m.users, items.get(), n, 2, need_user, need_item);
   const int64_t tasks = need_tables ? grads.tasks() : 0;
-  for_chunks(tasks + blocks, [&](int64_t c) {
-    if (c < tasks) return grads.group(c);
-    const int64_t begin = (c - tasks) * kSamples;
-    MMKD_ON_ISA(bpr_kd_grads(a, begin, std::min(n, begin + kSamples)));
-  });
+  for_chunks(
+      tasks + blocks,
+      [&](int64_t c) {
+        if (c < tasks) return grads.group(c);
+        const int64_t begin = (c - tasks) * kSamples;
+        MMKD_ON_ISA(bpr_kd_grads(a, begin, std::min(n, begin + kSamples)));
+      },
+      blocks == 1);
   if (!need_tables) return {empty({0}, user_emb), empty({0}, item_emb), grad_teacher};
   if (!grads.good()) fail_indices(m, users, pos, neg);
   auto [grad_user, grad_item] = grads.write(weights.get());

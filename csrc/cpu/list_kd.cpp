@@ -147,11 +147,14 @@ std::tuple<Tensor, Tensor, Tensor> list_kd_backward(Tensor grad, Tensor user_emb
   PairGrads grads(user_emb, item_emb, s.users, s.candidates, batch, s.k, need_user, need_item);
   const Scratch scratch(a);
   const int64_t tasks = need_tables ? grads.tasks() : 0;
-  for_chunks(tasks + num_blocks(batch), [&](int64_t c) {
-    if (c < tasks) return grads.group(c);
-    const int64_t block = c - tasks, begin = block * kSamples;
-    MMKD_ON_ISA(list_kd_grad(a, begin, std::min(batch, begin + kSamples), scratch.of(block)));
-  });
+  for_chunks(
+      tasks + num_blocks(batch),
+      [&](int64_t c) {
+        if (c < tasks) return grads.group(c);
+        const int64_t block = c - tasks, begin = block * kSamples;
+        MMKD_ON_ISA(list_kd_grad(a, begin, std::min(batch, begin + kSamples), scratch.of(block)));
+      },
+      batch * s.k <= kSamples);
   if (!need_tables) return {empty({0}, user_emb), empty({0}, item_emb), grad_teacher};
   if (!grads.good()) fail_indices(s, users, candidates);
   auto [grad_user, grad_item] = grads.write(pair_weights.get());

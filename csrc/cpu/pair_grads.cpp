@@ -11,13 +11,22 @@ namespace {
 
 constexpr int kDigit = 11;  // widest radix digit, in bits
 constexpr int kPasses = (32 + kDigit - 1) / kDigit;
-constexpr int64_t kRowsAPiece = 1024;  // table rows a thread writes at a time
-constexpr int64_t kSortAPart = 2048;   // positions worth a thread of their own to sort
+constexpr int64_t kRowsAPiece = 1024;         // table rows a thread writes at a time
+constexpr int64_t kFew = 256;                 // pairs, and rows, that one thread is done with at once
+constexpr int64_t kLarge = int64_t{4} << 20;  // bytes of a table
+constexpr int64_t kSortAPart = 2048;          // positions worth a thread of their own to sort
 
 bool in_range(const int64_t* index, int64_t n, int64_t bound) {
   uint64_t worst = 0;
   for (int64_t i = 0; i < n; ++i) worst = std::max(worst, static_cast<uint64_t>(index[i]));
   return n == 0 || worst < static_cast<uint64_t>(bound);
+}
+
+// A gradient of mostly zeros that no cache would keep until it is read: then its lines need not be read to be written.
+bool worth_streaming(const Tensor& out) {
+  const int64_t width = out.size(1) * static_cast<int64_t>(out.element_size());
+  return width % 64 == 0 && reinterpret_cast<uintptr_t>(out.const_data_ptr()) % 64 == 0 &&
+         out.size(0) * width >= kLarge;
 }
 
 template <class T>
@@ -144,6 +153,7 @@ std::tuple<Tensor, Tensor> PairGrads::write(const void* weights) {
       entries.push_back(scratch<char>(n * acc));
       a.entry_weight = entries.back().get();
       a.out = out.mutable_data_ptr();
+      a.stream = worth_streaming(out);
       // Small tables are cut finer than the zeros alone would ask for: there the sums are the work.
       const int64_t count = std::max((rows + kRowsAPiece - 1) / kRowsAPiece, std::min<int64_t>(rows, 1 + n / 512));
       for (int64_t p = 0; p < count; ++p) {
@@ -155,8 +165,10 @@ std::tuple<Tensor, Tensor> PairGrads::write(const void* weights) {
   Tensor grad_item = need_item_ ? empty({item_emb_.size(0), d}, item_emb_) : empty({0}, item_emb_);
   plan(item_groups_, item_emb_, user_emb_, users_, 1, fan_, grad_item);
   plan(user_groups_, user_emb_, item_emb_, candidates_, fan_, 1, grad_user);
-  for_chunks(static_cast<int64_t>(pieces.size()),
-             [&](int64_t c) { MMKD_ON_ISA(sum_rows(pieces[c].args, pieces[c].begin, pieces[c].end)); });
+  const bool small = batch_ * fan_ <= kFew && grad_user.numel() + grad_item.numel() <= kFew * 64;
+  for_chunks(
+      static_cast<int64_t>(pieces.size()),
+      [&](int64_t c) { MMKD_ON_ISA(sum_rows(pieces[c].args, pieces[c].begin, pieces[c].end)); }, small);
   return {grad_user, grad_item};
 }
 

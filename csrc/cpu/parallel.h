@@ -24,9 +24,10 @@ inline DType dtype_of(const Tensor& t) {
 
 // Runs f(chunk) for chunk in [0, chunks). Threads take the next free chunk, so a slow one holds nobody up; what a
 // chunk computes must not depend on who takes it. f must not throw: an exception may not cross torch's C interface.
+// `small`: the whole is not worth waking a thread for.
 template <class F>
-inline void for_chunks(int64_t chunks, const F& f) {
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), chunks);
+inline void for_chunks(int64_t chunks, const F& f, bool small = false) {
+  const int64_t threads = small ? 1 : std::min<int64_t>(torch::stable::get_num_threads(), chunks);
   if (threads <= 1) {
     for (int64_t c = 0; c < chunks; ++c) f(c);
     return;

@@ -93,14 +93,19 @@ void sum_rows_typed(const SumRowsArgs& a, int64_t begin, int64_t end) {
   const int64_t first = first_group(a, begin), last = first_group(a, end);
   const int64_t stop = a.starts[last] * a.fan;
   expand<Acc<T>>(a, a.starts[first], a.starts[last]);
+  const auto zeros = [&](int64_t from, int64_t to) {
+    const int64_t bytes = (to - from) * a.d * static_cast<int64_t>(sizeof(T));
+    a.stream ? zero_past_caches(out + from * a.d, bytes) : static_cast<void>(memset(out + from * a.d, 0, bytes));
+  };
   int64_t next = begin;  // the first row not yet written
   for (int64_t g = first; g < last; ++g) {
     const int64_t row = a.rows[g], lo = a.starts[g] * a.fan, hi = a.starts[g + 1] * a.fan;
-    if (row > next) memset(out + next * a.d, 0, (row - next) * a.d * sizeof(T));
+    zeros(next, row);
     sum_row(source, a.entry_id + lo, weight + lo, hi - lo, stop - lo, a.d, out + row * a.d);
     next = row + 1;
   }
-  if (end > next) memset(out + next * a.d, 0, (end - next) * a.d * sizeof(T));
+  zeros(next, end);
+  if (a.stream) finish_streams();
 }
 
 }  // namespace

@@ -23,6 +23,7 @@ struct SumRowsArgs {
   uint32_t* entry_id;  // [positions * fan] scratch
   void* entry_weight;  // [positions * fan] scratch, accumulator type
   void* out;           // [*, d]
+  bool stream;         // rows of zeros are written past the caches
 };
 
 // Writes rows [begin, end).

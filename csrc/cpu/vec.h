@@ -181,6 +181,15 @@ MMKD_INLINE void store_past_caches(float* p, vf v) { _mm512_stream_ps(p, reinter
 #elif defined(MMKD_ISA_avx2)
 MMKD_INLINE void store_past_caches(float* p, vf v) { _mm256_stream_ps(p, reinterpret_cast<__m256>(v)); }
 #endif
+MMKD_INLINE void zero_past_caches(void* p, int64_t bytes) {
+#if defined(MMKD_ISA_avx512) || defined(MMKD_ISA_avx2)
+  const vf zero = {};
+  for (int64_t b = 0; b < bytes; b += MMKD_VBYTES)
+    store_past_caches(reinterpret_cast<float*>(static_cast<char*>(p) + b), zero);
+#else
+  memset(p, 0, bytes);
+#endif
+}
 // Before other threads may read what was stored so.
 MMKD_INLINE void finish_streams() {
 #if defined(MMKD_ISA_avx512) || defined(MMKD_ISA_avx2)
