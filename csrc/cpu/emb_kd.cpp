@@ -55,6 +55,10 @@ std::tuple<Tensor, Tensor> emb_kd_backward(Tensor grad, Tensor student, Tensor t
   a.grad_student = need_student ? grad_student.mutable_data_ptr() : nullptr;
   a.grad_teachers = need_teachers ? grad_teachers.mutable_data_ptr() : nullptr;
   a.scale = a.n ? scalar_of(grad, "grad", stats.scalar_type()) / static_cast<double>(a.n) : 0;
+  const auto large = [&](const void* out) {
+    return !out || past_caches(out, a.n, a.d * static_cast<int64_t>(student.element_size()), 8);
+  };
+  a.stream = large(a.grad_student) && large(a.grad_teachers);
   for_chunks(num_blocks(a.n),
              [&](int64_t c) { MMKD_ON_ISA(emb_kd_grads(a, c * kSamples, std::min(a.n, (c + 1) * kSamples))); });
   return {grad_student, grad_teachers};

@@ -99,25 +99,30 @@ double losses_typed(const EmbKDArgs& a, int64_t begin, int64_t end) {
   return total;
 }
 
+template <class T>
+MMKD_INLINE void put(T* out, typename Vec<T>::V v, bool stream) {
+  stream ? store_past_caches(out, v) : Vec<T>::store(out, v);
+}
+
 // out = p * x + q * y
 template <class T>
-MMKD_INLINE void blend(T* out, Acc<T> p, const T* x, Acc<T> q, const T* y, int64_t d) {
+MMKD_INLINE void blend(T* out, Acc<T> p, const T* x, Acc<T> q, const T* y, int64_t d, bool stream) {
   using W = Vec<T>;
   int64_t c = 0;
-  for (; c + W::size <= d; c += W::size) W::store(out + c, p * W::load(x + c) + q * W::load(y + c));
+  for (; c + W::size <= d; c += W::size) put(out + c, p * W::load(x + c) + q * W::load(y + c), stream);
   for (; c < d; ++c) Element<T>::store(out + c, p * Element<T>::load(x + c) + q * Element<T>::load(y + c));
 }
 
 // out = b * e + sum_m a[m] * f^m, each vector of columns written once.
 template <class T>
 MMKD_INLINE void student_row(T* out, Acc<T> b, const T* e, const Acc<T>* weight, const T* f, int64_t step,
-                             int64_t count, int64_t d) {
+                             int64_t count, int64_t d, bool stream) {
   using W = Vec<T>;
   int64_t c = 0;
   for (; c + W::size <= d; c += W::size) {
     typename W::V s = b * W::load(e + c);
     for (int64_t m = 0; m < count; ++m) s += weight[m] * W::load(f + m * step + c);
-    W::store(out + c, s);
+    put(out + c, s, stream);
   }
   for (; c < d; ++c) {
     Acc<T> s = b * Element<T>::load(e + c);
@@ -146,14 +151,15 @@ void grads_typed(const EmbKDArgs& a, int64_t begin, int64_t end) {
       along_e -= cos.live ? slope * cos.value / stats[0] : A(0);
       if (a.grad_teachers) {
         const A along_f = cos.live ? -slope * cos.value / stats[2 + 2 * m] : A(0);
-        blend(static_cast<T*>(a.grad_teachers) + i * d + m * step, across, e, along_f, f + m * step, d);
+        blend(static_cast<T*>(a.grad_teachers) + i * d + m * step, across, e, along_f, f + m * step, d, a.stream);
       }
       weight[m] = across;
     }
     if (a.grad_student) {
-      student_row(static_cast<T*>(a.grad_student) + i * d, along_e, e, weight, f, step, m_count, d);
+      student_row(static_cast<T*>(a.grad_student) + i * d, along_e, e, weight, f, step, m_count, d, a.stream);
     }
   }
+  if (a.stream) finish_streams();
 }
 
 }  // namespace

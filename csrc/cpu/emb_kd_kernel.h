@@ -15,6 +15,7 @@ struct EmbKDArgs {
   void* grad_student;    // [n, d] or null (backward)
   void* grad_teachers;   // [M, n, d] or null
   int64_t n, d, num_teachers;
+  bool stream;  // gradients are written past the caches
   double gamma;
   double scale;  // backward: incoming gradient / n
 };

@@ -11,22 +11,14 @@ namespace {
 
 constexpr int kDigit = 11;  // widest radix digit, in bits
 constexpr int kPasses = (32 + kDigit - 1) / kDigit;
-constexpr int64_t kRowsAPiece = 1024;         // table rows a thread writes at a time
-constexpr int64_t kFew = 256;                 // pairs, and rows, that one thread is done with at once
-constexpr int64_t kLarge = int64_t{4} << 20;  // bytes of a table
-constexpr int64_t kSortAPart = 2048;          // positions worth a thread of their own to sort
+constexpr int64_t kRowsAPiece = 1024;  // table rows a thread writes at a time
+constexpr int64_t kFew = 256;          // pairs, and rows, that one thread is done with at once
+constexpr int64_t kSortAPart = 2048;   // positions worth a thread of their own to sort
 
 bool in_range(const int64_t* index, int64_t n, int64_t bound) {
   uint64_t worst = 0;
   for (int64_t i = 0; i < n; ++i) worst = std::max(worst, static_cast<uint64_t>(index[i]));
   return n == 0 || worst < static_cast<uint64_t>(bound);
-}
-
-// A gradient of mostly zeros that no cache would keep until it is read: then its lines need not be read to be written.
-bool worth_streaming(const Tensor& out) {
-  const int64_t width = out.size(1) * static_cast<int64_t>(out.element_size());
-  return width % 64 == 0 && reinterpret_cast<uintptr_t>(out.const_data_ptr()) % 64 == 0 &&
-         out.size(0) * width >= kLarge;
 }
 
 template <class T>
@@ -153,7 +145,7 @@ std::tuple<Tensor, Tensor> PairGrads::write(const void* weights) {
       entries.push_back(scratch<char>(n * acc));
       a.entry_weight = entries.back().get();
       a.out = out.mutable_data_ptr();
-      a.stream = worth_streaming(out);
+      a.stream = past_caches(a.out, out.size(0), d * static_cast<int64_t>(out.element_size()), 4);
       // Small tables are cut finer than the zeros alone would ask for: there the sums are the work.
       const int64_t count = std::max((rows + kRowsAPiece - 1) / kRowsAPiece, std::min<int64_t>(rows, 1 + n / 512));
       for (int64_t p = 0; p < count; ++p) {

@@ -40,6 +40,12 @@ inline void for_chunks(int64_t chunks, const F& f, bool small = false) {
   });
 }
 
+// Whether a table is to be written past the caches, so that its lines are not read first and push nothing out: from
+// `least` MB on, which the caller takes to be more than is kept until the table is read.
+inline bool past_caches(const void* at, int64_t rows, int64_t row_bytes, int64_t least) {
+  return row_bytes % 64 == 0 && reinterpret_cast<uintptr_t>(at) % 64 == 0 && rows * row_bytes >= least << 20;
+}
+
 // Runs f(begin, end) over [0, n) in pieces of at least `grain`.
 template <class F>
 inline void for_range(int64_t n, int64_t grain, const F& f) {

@@ -102,17 +102,8 @@ std::vector<int64_t> cut_evenly(const Csr& m, const int64_t* rows, int64_t n) {
   return bounds;
 }
 
-// Whether a result is to pass the caches by: it is too large to be kept in one until it is read, or nobody here reads
-// it. Its lines are then not read before they are written, and x stays where it is.
-bool worth_streaming(const SpmmArgs& a, int64_t n, bool read_again) {
-  constexpr int64_t kFew = int64_t{4} << 20;  // bytes
-  const int64_t bytes = n * a.d * static_cast<int64_t>(sizeof(float));
-  const bool aligned = a.d % 16 == 0 && reinterpret_cast<uintptr_t>(a.out) % 64 == 0;
-  return a.dtype == DType::f32 && aligned && !a.compact && bytes >= (read_again ? 2 * kFew : kFew);
-}
-
 void run(const Csr& m, SpmmArgs a, int64_t n, bool read_again = false) {
-  a.stream = worth_streaming(a, n, read_again);
+  a.stream = a.dtype == DType::f32 && !a.compact && past_caches(a.out, n, 4 * a.d, read_again ? 8 : 4);
   const std::vector<int64_t> bounds = cut_evenly(m, a.rows, n);
   std::atomic<int64_t> bad{-1};
   for_chunks(static_cast<int64_t>(bounds.size()) - 1, [&](int64_t c) {
