@@ -296,7 +296,7 @@ def list_kd(
             user_emb, item_emb, users, candidates, teacher_logits, modality_weights, logits, loss,
             batch, length, teacher_logits.shape[0], d, alpha, beta, tau,
             COUPLED=coupled, DOUBLE=loss.dtype == torch.float64, BLOCK_K=_whole(length),
-            BLOCK_D=launch.block(d, 16, 256 // loss.element_size()),
+            BLOCK_D=launch.block(d, 16, 16 if loss.dtype == torch.float64 else 64),
         )  # fmt: skip
     return loss.sum() / max(1, batch), logits
 

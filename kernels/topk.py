@@ -145,18 +145,9 @@ def _fused(
     keys = torch.empty(count, wanted * GROUP, dtype=torch.int64, device=user_emb.device)
     kernel = launch.choose(_score_groups)
     wrap_triton(kernel)[(count * wanted,)](
-        user_emb,
-        item_emb,
-        users,
-        mask,
-        picked,
-        keys,
-        items,
-        groups,
-        wanted,
-        d,
+        user_emb, item_emb, users, mask, picked, keys, items, groups, wanted, d,
         BLOCK_D=launch.column_block(item_emb, 64),
-    )
+    )  # fmt: skip
     best = torch.topk(keys, k, dim=1).values
     ordered = (best >> 32).to(torch.int32)
     scores = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32)
