@@ -285,6 +285,7 @@ def list_kd(
     _check(user_emb, item_emb, users, candidates)
     batch, length = candidates.shape
     if length > MAX_FUSED:
+        _whole(length)  # refused before anything is computed
         logits = list_scores(user_emb, item_emb, users, candidates)
         return list_kd_scores(logits, teacher_logits, modality_weights, alpha, beta, tau, coupled), logits
     logits = teacher_logits.new_empty(batch, length)
