@@ -34,6 +34,7 @@ _TYPES = {
     torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
     torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8",
 }  # fmt: skip
+_TABLES = (torch.bfloat16, torch.float16, torch.float64)  # besides float32
 
 
 @dataclass(frozen=True)
@@ -224,41 +225,32 @@ def _plain(found: list[Variant]) -> list[Variant]:
 
 
 @functools.cache
-def _todo(full: bool) -> tuple[tuple[Variant, str], ...]:
+def _todo() -> tuple[tuple[Variant, str], ...]:
     """(variant, target), as `rows` says."""
     plain = _plain(variants())
-    todo = [(v, arch) for arch in TARGETS for v in plain]
-    for dtype in (torch.bfloat16, torch.float16, torch.float64):
-        found = _plain(variants(dtype))
-        for arch in TARGETS:
-            every, fixed = (
-                full or (dtype, arch) == (torch.bfloat16, "sm_86"),
-                arch == "sm_86" or dtype == torch.bfloat16,
-            )
-            todo += [(v, arch) for v in found if every or (fixed and v.fixed)]
+    found = [*plain, *(v for dtype in _TABLES for v in _plain(variants(dtype)))]
     # None for a tensor that is not given makes another kernel
     special = [v for v in variants() if v not in plain] + [v for sizes in OTHERS for v in _plain(variants(sizes=sizes))]
-    todo += [(v, arch) for arch in (TARGETS if full else ("sm_86",)) for v in special if v.fixed]
+    found += [v for v in special if v.fixed]
     # a kernel that no table enters is the same for every type
-    return tuple({(v.name, v.arguments, str(v.config), arch): (v, arch) for v, arch in reversed(todo)}.values())[::-1]
+    once = {(v.name, v.arguments, str(v.config)): v for v in reversed(found)}
+    return tuple((v, arch) for v in list(once.values())[::-1] for arch in TARGETS)
 
 
-def _row(full: bool, position: int) -> dict:
-    v, arch = _todo(full)[position]
+def _row(position: int) -> dict:
+    v, arch = _todo()[position]
     row = {"op": v.op, "kernel": v.name, "config": v.label, "arch": arch}
     return row | resources(v.compile(TARGETS[arch]), TARGETS[arch])
 
 
-def rows(jobs: int = 2, full: bool = False) -> list[dict]:
+def rows(jobs: int = 2) -> list[dict]:
     """What the compiler made of every kernel: op, kernel, config, arch and `resources`.
 
     Every kernel with every configuration for every target, for tables of every type, and with the fixed configuration
-    for the sizes of OTHERS and with the tensors left out that a launch may leave out. Not `full`: only float32 for every
-    target and bfloat16 for sm_86 with every configuration; else the fixed one, bfloat16 for every target and the rest
-    for sm_86.
+    for the sizes of OTHERS and with the tensors left out that a launch may leave out.
     """
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return list(pool.map(functools.partial(_row, full), range(len(_todo(full))), chunksize=4))
+        return list(pool.map(_row, range(len(_todo())), chunksize=4))
 
 
 def _tool(name: str) -> str:
@@ -266,7 +258,10 @@ def _tool(name: str) -> str:
 
 
 def resources(compiled, target: GPUTarget) -> dict[str, int]:
-    """registers, shared_bytes, spill_bytes, stack_bytes and the widest global load in bits, read from the binary."""
+    """registers, shared_bytes, spill_bytes, stack_bytes and the widest global load in bits, read from what was compiled.
+
+    AMD's spills count scalar registers too: without a stack these are kept in lanes of a vector register.
+    """
     return _amd(compiled) if target.backend == "hip" else _nvidia(compiled)
 
 
@@ -275,18 +270,24 @@ def _nvidia(compiled) -> dict[str, int]:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = _run("cuobjdump", "--dump-resource-usage", file.name)
-        sass = _run("nvdisasm", "-c", file.name)
-    number = {k: int(v) for k, v in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
-    widths = [int(w or 32) for w in re.findall(r"\bLDG(?:STS)?\.E(?:\.\w+)*?(?:\.(64|128))?(?:\.\w+)* ", sass)]
-    # a spill is a store to local memory; the stack frame says how much
-    spilled = number["STACK"] + number["LOCAL"] if re.search(r"\bSTL\b", sass) else 0
+        number = {k: int(v) for k, v in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+        frame = number["STACK"] + number["LOCAL"]
+        # a spill is a store to local memory; the stack frame says how much
+        spilled = frame if frame and re.search(r"\bSTL\b", _run("nvdisasm", "-ndf", "-c", file.name)) else 0
     return {
         "registers": number["REG"],
         "shared_bytes": compiled.metadata.shared,
         "spill_bytes": spilled,
         "stack_bytes": number["STACK"],
-        "global_load_width": max(widths, default=0),
+        "global_load_width": max(_load_widths(compiled.asm["ptx"]), default=0),
     }
+
+
+def _load_widths(ptx: str) -> list[int]:
+    """Bits of every load from global memory; ptxas neither joins nor splits them."""
+    direct = re.findall(r"\bld\.global[.\w:]*?(?:\.v(\d))?\.[a-z](\d+)\s", ptx)
+    to_shared = re.findall(r"\bcp\.async\.c[ag]\.shared\.global[.\w:]* [^;]*?\], (0x[0-9a-f]+|\d+)", ptx)
+    return [int(n or 1) * int(bits) for n, bits in direct] + [8 * int(size, 0) for size in to_shared]
 
 
 def _run(tool: str, *args: str) -> str:

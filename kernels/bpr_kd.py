@@ -148,7 +148,7 @@ def bpr_kd(
         kernel = launch.choose(_bpr_kd)
         wrap_triton(kernel)[_grid(count)](
             user_emb, item_emb, users, pos, neg, teacher_margin, bpr, pair, margin, count, d, tau,
-            BERNOULLI=bernoulli, DOUBLE=margin.dtype == torch.float64, BLOCK_D=launch.block(d, 16, 128),
+            BERNOULLI=bernoulli, DOUBLE=margin.dtype == torch.float64, BLOCK_D=launch.column_block(user_emb),
         )  # fmt: skip
     return *_means(bpr, pair, count), margin
 

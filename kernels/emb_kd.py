@@ -122,7 +122,7 @@ def emb_kd(student: Tensor, teachers: Tensor, gamma: float) -> tuple[Tensor, Ten
         kernel = launch.choose(_emb_kd)
         wrap_triton(kernel)[lambda meta: (triton.cdiv(n, meta["BLOCK_N"]),)](
             student, teachers, stats, loss, n, d, teachers.shape[0], gamma,
-            KIND=_kind(gamma), DOUBLE=stats.dtype == torch.float64, BLOCK_D=launch.block(d, 16, 128),
+            KIND=_kind(gamma), DOUBLE=stats.dtype == torch.float64, BLOCK_D=launch.column_block(student),
         )  # fmt: skip
     return loss.sum() / max(1, n), stats
 
@@ -141,7 +141,7 @@ def emb_kd_backward(
     by_student = torch.empty_like(student) if need_student else None
     by_teachers = torch.empty_like(teachers) if need_teachers else None
     if n and d:
-        block_d = launch.block(d, 16, 128)
+        block_d = launch.column_block(student)
         kernel = launch.choose(_emb_kd_backward)
         wrap_triton(kernel)[lambda meta: (triton.cdiv(n, meta["BLOCK_N"]), triton.cdiv(d, block_d))](
             grad, student, teachers, stats, by_student, by_teachers, n, d, teachers.shape[0], gamma,

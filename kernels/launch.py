@@ -43,6 +43,15 @@ def block(size: int, low: int, high: int) -> int:
     return min(high, max(low, triton.next_power_of_2(size)))
 
 
+def column_block(table: Tensor, high: int = 128) -> int:
+    """Columns of `table` taken at a time: all of them up to `high`, half of that where they are loaded one by one.
+
+    Such a column has an address and a mask of its own: as many at a time would not fit the registers.
+    """
+    d = table.shape[-1]
+    return block(d, 16, high if d % 16 == 0 else high // 2)
+
+
 def degree_bucket(entries: int) -> int:
     """Entries of a row in steps of a factor of four."""
     bucket = 0

@@ -15,6 +15,7 @@ from mmkd.kernels.maths import kl_bernoulli, logistic
 from mmkd.kernels.scatter import atomic_target, finished, scatter_rows
 
 MAX_FUSED = 64
+MAX_LIST = 4096  # what the registers of one program hold
 
 
 @triton.jit
@@ -204,6 +205,11 @@ launch.tuned(_list_kd_slopes, [triton.Config({}, num_warps=w) for w in (1, 4)], 
 
 
 def _whole(length: int) -> int:
+    if length > MAX_LIST:
+        raise ValueError(
+            f"candidates: expected at most {MAX_LIST} a list, got {length}; one Triton program holds a whole list: "
+            "use impl='cuda' or impl='reference', or fewer candidates"
+        )
     return launch.block(length, 2, 1 << 30)
 
 
@@ -279,6 +285,7 @@ def list_kd(
     _check(user_emb, item_emb, users, candidates)
     batch, length = candidates.shape
     if length > MAX_FUSED:
+        _whole(length)  # refused before anything is computed
         logits = list_scores(user_emb, item_emb, users, candidates)
         return list_kd_scores(logits, teacher_logits, modality_weights, alpha, beta, tau, coupled), logits
     logits = teacher_logits.new_empty(batch, length)
@@ -290,7 +297,7 @@ def list_kd(
             user_emb, item_emb, users, candidates, teacher_logits, modality_weights, logits, loss,
             batch, length, teacher_logits.shape[0], d, alpha, beta, tau,
             COUPLED=coupled, DOUBLE=loss.dtype == torch.float64, BLOCK_K=_whole(length),
-            BLOCK_D=launch.block(d, 16, 64),
+            BLOCK_D=launch.block(d, 16, 16 if loss.dtype == torch.float64 else 64),
         )  # fmt: skip
     return loss.sum() / max(1, batch), logits
 

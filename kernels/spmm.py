@@ -227,7 +227,7 @@ def sddmm(
     kernel = launch.choose(_sddmm)
     wrap_triton(kernel)[lambda meta: (triton.cdiv(nnz, meta["BLOCK_E"]),)](
         entry_rows(rowptr, nnz), col, a, b, row_scale, col_scale, out, nnz, d,
-        DOUBLE=a.dtype == torch.float64, BLOCK_D=launch.block(d, 16, 128),
+        DOUBLE=a.dtype == torch.float64, BLOCK_D=launch.column_block(a),
     )  # fmt: skip
     return out
 

@@ -133,11 +133,11 @@ def _fused(
     items, d = item_emb.shape
     groups = triton.cdiv(items, GROUP)
     maxima = torch.empty(count, groups, dtype=torch.int64, device=user_emb.device)
-    block_d = launch.block(d, 16, 64)
     kernel = launch.choose(_group_maxima)
     wrap_triton(kernel)[lambda meta: (triton.cdiv(count, meta["BLOCK_U"]) * triton.cdiv(items, meta["BLOCK_I"]),)](
         user_emb, item_emb, users, mask, maxima, count, items, groups, d,
-        WIDEN=launch.INTERPRETED, BLOCK_D=launch.block(d, 16, 32),  # the interpreter's dot takes bfloat16 for integers
+        WIDEN=launch.INTERPRETED,  # the interpreter's dot takes bfloat16 for integers
+        BLOCK_D=launch.block(d, 16, 64 // item_emb.element_size()),
     )  # fmt: skip
     wanted = min(k, groups)
     best = torch.topk(maxima, wanted, dim=1).values  # keys are distinct or EMPTY: no ties to break
@@ -145,8 +145,9 @@ def _fused(
     keys = torch.empty(count, wanted * GROUP, dtype=torch.int64, device=user_emb.device)
     kernel = launch.choose(_score_groups)
     wrap_triton(kernel)[(count * wanted,)](
-        user_emb, item_emb, users, mask, picked, keys, items, groups, wanted, d, BLOCK_D=block_d
-    )
+        user_emb, item_emb, users, mask, picked, keys, items, groups, wanted, d,
+        BLOCK_D=launch.column_block(item_emb, 64),
+    )  # fmt: skip
     best = torch.topk(keys, k, dim=1).values
     ordered = (best >> 32).to(torch.int32)
     scores = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32)

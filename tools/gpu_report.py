@@ -210,9 +210,10 @@ def with_blocks(rows: list[dict]) -> list[dict]:
 
 
 def spilling(rows: list[dict]) -> list[str]:
-    """The Triton variants that spill, in a sentence. Without a stack nothing went to memory."""
+    """The Triton variants that spill, in a sentence. Without a stack nothing went to memory: scalar registers of gfx942
+    in lanes of a vector register."""
     names = [
-        f"{r['kernel']} ({r['config']}, {r['arch']}, {r['spill_bytes']} B{'' if r['stack_bytes'] else ', no stack'})"
+        f"{r['kernel']} ({r['config']}, {r['arch']}, {r['spill_bytes']} B{'' if r['stack_bytes'] else ' of scalar registers in vector registers'})"
         for r in rows
         if r["spill_bytes"] or r["stack_bytes"]
     ]
@@ -242,7 +243,7 @@ def page(cuda: list[dict] | None, triton: list[dict] | None) -> str:
         "theoretical: what registers, threads and shared memory allow (K = 11 candidates, k = 20). Triton: d = 64, K = 11, all four",
         "table types with every configuration, and with the fixed configuration: optional inputs left out (lines that look like",
         "another), and the sizes before a colon. `d=65` stands for all odd sizes and more than 2^31 entries: its loads are narrow.",
-        "The tests compile a part of these lines again in every run: float32 for every target, the rest for some.",
+        "The tests compile all of Triton's lines again in every run and hold them to no spill and no stack.",
         *spilling(triton or []),
         "",
         *kernel_table([dict(r, impl="CUDA") for r in cuda or ()] + with_blocks(triton or [])),

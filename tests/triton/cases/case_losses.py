@@ -81,6 +81,20 @@ def case_long_lists_take_two_launches(deterministic):
     compare(listed(candidates_of(k)), [*small(torch.float32, 16), torch.randn(2, 5, k)])
 
 
+def case_lists_beyond_one_program_are_refused():
+    for k in (list_kernels.MAX_LIST + 1, 70_000):
+        student = torch.randn(2, k)
+        with pytest.raises(ValueError, match=f"candidates: expected at most 4096 a list, got {k}; .*impl='reference'"):
+            ops.list_kd_from_scores(student, student, impl="triton")
+        with pytest.raises(ValueError, match=f"got {k}"):
+            ops.list_kd_loss(torch.ones(6, 4), torch.ones(7, 4), USERS[:2], candidates_of(k, 2), student, impl="triton")
+
+
+def case_the_longest_list():
+    leaves = [torch.randn(2, list_kernels.MAX_LIST), torch.randn(2, list_kernels.MAX_LIST)]
+    compare(lambda s, t, impl: ops.list_kd_from_scores(s, t, impl=impl), leaves)
+
+
 def case_modality_weights_and_one_modality():
     loss = listed(candidates_of(4), modality_weights=torch.tensor([0.9, 0.0, 0.1]), weight="decoupled")
     compare(loss, [*small(torch.float32, 8), torch.randn(3, 5, 4)])
