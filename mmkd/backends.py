@@ -127,7 +127,8 @@ def report() -> str:
     ]
     for device in ("cpu", "cuda"):
         if device == "cuda" and not torch.cuda.is_available():
-            lines.append("cuda tensors: torch sees no CUDA device")
+            taken = ", ".join(f"{op} {_AUTO[op, device]}" for op in OPS)
+            lines.append(f"cuda tensors: torch sees no CUDA device; beside one, auto would take: {taken}")
             continue
         lines.append(f"{device} tensors:")
         for op in OPS:
