@@ -120,8 +120,9 @@ def test_cpp_and_numpy_draw_the_same_bits(pattern, data):
     seed = data.draw(st.integers(0, 2**64 - 1))
     epoch, step = data.draw(st.integers(0, MASK)), data.draw(st.integers(0, MASK))
     size, count = data.draw(st.integers(0, 200)), data.draw(st.integers(1, 40))
-    truth = reference.Sampler(rowptr, col, num_items, rounds).batch(seed, epoch, step, size, count)
-    ours = _host.Sampler(rowptr, col, num_items, rounds).batch(
+    by_pair = data.draw(st.booleans())
+    truth = reference.Sampler(rowptr, col, num_items, rounds, by_pair).batch(seed, epoch, step, size, count)
+    ours = _host.Sampler(rowptr, col, num_items, rounds, by_pair).batch(
         seed, epoch, step, size, count, data.draw(st.integers(1, 5))
     )
     for a, b in zip(ours, truth, strict=True):
@@ -136,6 +137,18 @@ def test_every_instruction_set_draws_the_same_bits(host_isa):
         ours = _host.Sampler(*matrix, ROUNDS).batch(7, 1, 2, 777, 37)
         truth = reference.Sampler(*matrix, ROUNDS).batch(7, 1, 2, 777, 37)
         assert all(np.array_equal(a, b) for a, b in zip(ours, truth, strict=True))
+
+
+def test_pairs_are_drawn_uniformly():
+    train = dense(
+        np.array([[1, 1, 1, 1, 1, 1, 0], [0, 0, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0], [0, 1, 0, 1, 0, 0, 0]])
+    )
+    batch = Sampler(train, 2, 90_000, seed=5, draw="pairs").batch(0, 0)
+    counts = np.bincount(batch.users * 7 + batch.pos, minlength=28).reshape(4, 7)
+    assert np.array_equal(counts > 0, train.toarray() > 0)
+    assert np.abs(counts[counts > 0] - 10_000).max() < 500  # 5 standard deviations
+    with pytest.raises(ValueError, match="draw must be users or pairs, got 'edges'"):
+        Sampler(train, 2, 9, draw="edges")
 
 
 def test_any_number_of_threads_draws_the_same_bits():

@@ -73,10 +73,10 @@ py::tuple py_csr_transpose(const Array<int64_t>& rowptr, const Array<int32_t>& c
 }
 
 template <class Col>
-Sampler make_sampler(const Array<int64_t>& rowptr, const Array<Col>& col, int64_t num_items, int rounds) {
+Sampler make_sampler(const Array<int64_t>& rowptr, const Array<Col>& col, int64_t num_items, int rounds, bool by_pair) {
   const CsrView<Col> m = view(rowptr, col, num_items);
   const py::gil_scoped_release released;
-  return Sampler(m, rounds);
+  return Sampler(m, rounds, by_pair);
 }
 
 py::tuple py_batch(const Sampler& sampler, uint64_t seed, uint32_t epoch, uint32_t step, int64_t size,
@@ -155,9 +155,9 @@ PYBIND11_MODULE(_host, m) {
       "Draws with the kernels of that instruction set; an empty name goes back to the best one.");
   py::class_<Sampler>(m, "Sampler", "Draws batches; mmkd.data.Sampler is its door.")
       .def(py::init(&make_sampler<int32_t>), arg("rowptr").noconvert(), arg("col").noconvert(), arg("num_items"),
-           arg("rounds"))
+           arg("rounds"), arg("by_pair") = false)
       .def(py::init(&make_sampler<int64_t>), arg("rowptr").noconvert(), arg("col").noconvert(), arg("num_items"),
-           arg("rounds"))
+           arg("rounds"), arg("by_pair") = false)
       .def("batch", &py_batch, arg("seed"), arg("epoch"), arg("step"), arg("size"), arg("num_negatives"),
            arg("threads") = 1, "(users int64 [size], candidates int64 [size, num_negatives + 1], positive first).");
 }

@@ -32,7 +32,7 @@ uint32_t* new_items(int64_t n) {
 
 void Sampler::Free::operator()(uint32_t* p) const { std::free(p); }
 template <class Col>
-Sampler::Sampler(const CsrView<Col>& train, int rounds) : rounds_(static_cast<uint32_t>(rounds)) {
+Sampler::Sampler(const CsrView<Col>& train, int rounds, bool by_pair) : rounds_(static_cast<uint32_t>(rounds)) {
   constexpr int64_t most = std::numeric_limits<uint32_t>::max();
   if (rounds < 1 || rounds > 1 << 14) refuse("rounds: expected 1 to 2^14, got ", rounds);
   if (train.num_cols < 1 || train.num_cols > most) refuse("num_items: expected 1 to 2^32 - 1, got ", train.num_cols);
@@ -43,9 +43,12 @@ Sampler::Sampler(const CsrView<Col>& train, int rounds) : rounds_(static_cast<ui
   for (int64_t u = 0; u < train.num_rows; ++u) {
     const int64_t size = train.rowptr[u + 1] - train.rowptr[u];
     if (size == train.num_cols && full++ == 0) first_full = u;
-    if (size > 0) rows_.push_back({filled, static_cast<uint32_t>(u), static_cast<uint32_t>(size)});
+    const int64_t tickets = by_pair ? size : size > 0;  // equal chances for every pair, or for every user
+    rows_.insert(rows_.end(), tickets, {filled, static_cast<uint32_t>(u), static_cast<uint32_t>(size)});
     filled += (size + kLine - 1) / kLine * kLine;
   }
+  if (static_cast<int64_t>(rows_.size()) > most)
+    refuse("train: expected up to 2^32 - 1 interactions, got ", rows_.size());
   if (rows_.empty()) refuse("train holds no interactions; there is nothing to sample");
   if (full) {
     refuse("user ", first_full, " has all ", num_items_, " items in train (", full,
@@ -53,12 +56,13 @@ Sampler::Sampler(const CsrView<Col>& train, int rounds) : rounds_(static_cast<ui
   }
   item_.reset(new_items(filled));
   std::fill_n(item_.get(), filled, kNoItem);
-  for (const UserRow& r : rows_) {
+  for (size_t t = 0; t < rows_.size(); t += by_pair ? rows_[t].size : 1) {
+    const UserRow& r = rows_[t];
     std::copy_n(train.col + train.rowptr[r.user], r.size, item_.get() + r.begin);
   }
 }
-template Sampler::Sampler(const CsrView<int32_t>&, int);
-template Sampler::Sampler(const CsrView<int64_t>&, int);
+template Sampler::Sampler(const CsrView<int32_t>&, int, bool);
+template Sampler::Sampler(const CsrView<int64_t>&, int, bool);
 
 void Sampler::batch(const Place& place, int64_t size, int64_t num_negatives, int64_t* users, int64_t* candidates,
                     int threads) const {

@@ -20,8 +20,9 @@ class Sampler {
  public:
   // Copies the matrix: nothing that happens to the arrays afterwards can reach it. Refuses a malformed or unsorted one,
   // one without entries, and a user who has every item. `rounds`: draws before the exact fallback.
+  // `by_pair`: every interaction is equally likely; otherwise every user is, and then every one of his items.
   template <class Col>
-  Sampler(const CsrView<Col>& train, int rounds);
+  Sampler(const CsrView<Col>& train, int rounds, bool by_pair);
 
   // users [size], candidates [size, num_negatives + 1] with the positive first: the same for any number of threads.
   void batch(const Place& place, int64_t size, int64_t num_negatives, int64_t* users, int64_t* candidates,

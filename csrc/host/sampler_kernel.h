@@ -18,7 +18,7 @@ struct UserRow {
 
 // What is drawn from, and where in the stream.
 struct DrawArgs {
-  const UserRow* rows;   // [num_rows]
+  const UserRow* rows;   // [num_rows], as often as the user is to be drawn
   const uint32_t* item;  // strictly ascending in every row
   uint32_t num_rows, num_items;
   uint32_t rounds;  // draws before the exact fallback

@@ -6,7 +6,7 @@ The stream is written down in `mmkd/reference/sampling.py`; both give the same b
 from __future__ import annotations
 
 import operator
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from scipy import sparse
@@ -47,6 +47,7 @@ class Sampler:
         num_steps: batches per epoch; default ``ceil(num_train_edges / batch_size)``.
         num_threads: threads that draw a batch; the batch does not depend on it. More than one pays from about 10^5
             negatives a batch.
+        draw: ``"users"``: every user is equally likely, then every one of his items; ``"pairs"``: every train pair is.
 
     Raises:
         TypeError: not a scipy CSR matrix. ValueError: a malformed one, no interactions, a user who has every item (no
@@ -61,11 +62,14 @@ class Sampler:
         seed: int = 0,
         num_steps: int | None = None,
         num_threads: int = 1,
+        draw: Literal["users", "pairs"] = "users",
     ) -> None:
         self.num_negatives = _in_range("num_negatives", num_negatives, 1, _MAX_NEGATIVES)
         self.batch_size = _in_range("batch_size", batch_size, 1, 2**32 - 1)
         self.seed = _in_range("seed", seed, 0, 2**64 - 1)
         self.num_threads = _in_range("num_threads", num_threads, 1, 1024)
+        if draw not in ("users", "pairs"):
+            raise ValueError(f"draw must be users or pairs, got {draw!r}")
         if not sparse.issparse(train) or train.format != "csr":
             raise TypeError(f"train must be a scipy CSR matrix, got {type(train).__name__}; call .tocsr()")
         rowptr, col = csr.from_scipy(train)
@@ -73,7 +77,7 @@ class Sampler:
         self.num_steps = (
             -(-len(col) // self.batch_size) if num_steps is None else _in_range("num_steps", num_steps, 1, 2**32 - 1)
         )
-        self._host = _host.Sampler(rowptr, col, self.num_items, ROUNDS)
+        self._host = _host.Sampler(rowptr, col, self.num_items, ROUNDS, draw == "pairs")
 
     def batch(self, epoch: int, step: int) -> Batch:
         """The batch of `step` in `epoch`: the same for every call, process and number of threads."""

@@ -8,7 +8,7 @@ multiply-high: ``(w * n) >> 32``. For sample ``b`` of a batch, always ``c0 = b, 
 with the lists 0-based and sorted:
 
 1. ``w = philox(b, 0, step, epoch)``. User: ``active[below(w0, len(active))]``, ``active`` = users with at
-   least one train item. Positive: ``row[below(w1, len(row))]``, ``row`` = his train items.
+   least one train item (`by_pair`: each as often as he has items, so that every pair is equally likely). Positive: ``row[below(w1, len(row))]``, ``row`` = his train items.
 2. Negative ``j`` in round ``r``: word ``j & 3`` of ``philox(b, NEGATIVE | r << 16 | j >> 2, step, epoch)``,
    ``NEGATIVE = 2^31``. Rounds ``r = 0 .. ROUNDS-1``: the candidate is ``below(w, num_items)``; the first
    that is not in ``row`` is taken.
@@ -62,14 +62,16 @@ def below(words: np.ndarray, bound: int | np.ndarray) -> np.ndarray:
 class Sampler:
     """Batches of `size` samples with `num_negatives` negatives each over the CSR (`rowptr`, `col`) of the train part.
 
-    The columns of every row are strictly ascending and no row is full; `rounds` draws come before the fallback.
+    Users are drawn uniformly, with `by_pair` (user, item) pairs are. The columns of every row are strictly ascending and no row is full; `rounds` draws come before the fallback.
     """
 
-    def __init__(self, rowptr: np.ndarray, col: np.ndarray, num_items: int, rounds: int = ROUNDS) -> None:
+    def __init__(
+        self, rowptr: np.ndarray, col: np.ndarray, num_items: int, rounds: int = ROUNDS, by_pair: bool = False
+    ) -> None:
         self.num_items, self._rounds = num_items, rounds
         self._rowptr, self._col = rowptr.astype(np.int64), col.astype(np.int64)
         self._degree = np.diff(self._rowptr)
-        self._active = np.flatnonzero(self._degree)
+        self._active = np.repeat(np.arange(len(self._degree)), self._degree if by_pair else self._degree > 0)
         # one sorted key per edge: membership and rank within a row are one binary search
         self._keys = np.repeat(np.arange(len(self._degree)), self._degree) * num_items + self._col
         # item minus its position in the row = non-interacted items before it; non-decreasing in a row

@@ -15,7 +15,7 @@ class BaselineTask:
 
     def __init__(self, name: str, model: Baseline, dataset: Dataset, seed: int) -> None:
         self.name, self.model, self.seed = name, model, seed
-        self.sampler = batches(dataset, model.settings, model.negatives, seed)
+        self.sampler = batches(dataset, model.settings, model.negatives, seed, model.settings.draw)
         self._epoch: int | None = None
 
     def optimizer(self) -> torch.optim.Optimizer:

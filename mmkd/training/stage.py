@@ -369,9 +369,9 @@ def _like(value: object, start: object) -> bool:
     return number and (isinstance(start, float) or isinstance(value, int))
 
 
-def batches(dataset: Dataset, settings: StageConfig, negatives: int, seed: int) -> Sampler:
+def batches(dataset: Dataset, settings: StageConfig, negatives: int, seed: int, draw: str = "users") -> Sampler:
     """The stage's sampler."""
-    return Sampler(dataset.train, negatives, settings.batch_size, seed)
+    return Sampler(dataset.train, negatives, settings.batch_size, seed, draw=draw)
 
 
 def to_tensors(batch) -> tuple[Tensor, Tensor]:

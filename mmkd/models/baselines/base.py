@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -22,7 +23,11 @@ class BaselineConfig(StageConfig):
     batch_size: int = Field(2048, ge=1, description="(user, positive) pairs per step")
     epochs: int = Field(200, ge=0, description="upper bound; early stopping usually ends sooner")
     eval_every: int = Field(5, ge=1, description="epochs between two looks at validation")
+    patience: int = Field(8, ge=1, description="looks at validation without a better one before stopping")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled decay of everything but the id table")
+    draw: Literal["users", "pairs"] = Field(
+        "users", description="what a batch draws uniformly: users, then one of their items; or train pairs"
+    )
 
 
 class Baseline(nn.Module):
@@ -84,9 +89,19 @@ class Baseline(nn.Module):
         return {"bpr": ops.bpr_loss(user_emb, item_emb, users, candidates[:, 0], candidates[:, 1])}
 
     def l2(self, users: Tensor, candidates: Tensor) -> Tensor:
-        """`l2 * 1/2 sum ||row||^2 / B` over the id rows of the batch's users, observed items and first negatives."""
-        nodes = torch.cat([users, (candidates[:, :2] + self.graph.num_users).flatten()])
-        return self.settings.l2 * 0.5 * self.table.index_select(0, nodes).square().sum() / users.numel()
+        """`l2 * 1/2 sum ||row||^2 / B` over the free rows of the batch's users, observed items and first negatives."""
+        own, items = self.split(self.table)
+        sides = ((users, (own, *self.user_tables())), (candidates[:, :2].flatten(), (items, *self.item_tables())))
+        rows = [table.index_select(0, ids) for ids, tables in sides for table in tables]
+        return self.settings.l2 * 0.5 * sum(part.square().sum() for part in rows) / users.numel()
+
+    def user_tables(self) -> Sequence[Tensor]:
+        """Free parameters of users beside their ids, `[U, w]` each: the L2 term covers them too."""
+        return ()
+
+    def item_tables(self) -> Sequence[Tensor]:
+        """The same of items, `[I, w]` each."""
+        return ()
 
     def tables(self) -> tuple[Tensor, Tensor]:
         """What is ranked: final tables without dropout or gradient."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -13,9 +15,10 @@ from mmkd.models.baselines.base import Baseline, BaselineConfig, dropout
 class BM3Config(BaselineConfig):
     """Settings of BM3."""
 
+    draw: Literal["users", "pairs"] = Field("pairs", description="what a batch draws uniformly")
     layers: int = Field(2, ge=0, le=8, description="LightGCN layers of the ids")
-    dropout: float = Field(0.5, ge=0, lt=1, description="probability of the contrastive view's embedding dropout")
-    cl_weight: float = Field(1.0, ge=0, description="weight of the alignment and mask terms")
+    dropout: float = Field(0.3, ge=0, lt=1, description="probability of the contrastive view's embedding dropout")
+    cl_weight: float = Field(2.0, ge=0, description="weight of the alignment and mask terms")
 
 
 class BM3(Baseline):
@@ -59,8 +62,8 @@ class BM3(Baseline):
         content = [(table.project(w) + b).index_select(0, observed) for table, w, b in parts]
         align = [_distance(self._predict(x), target_item) for x in content]
         mask = [_distance(self._predict(x), self._target(x, generator)) for x in content]
-        terms["align"] = self.settings.cl_weight * torch.stack(align).mean()
-        terms["mask"] = self.settings.cl_weight * torch.stack(mask).mean()
+        terms["align"] = self.settings.cl_weight * torch.stack(align).sum()
+        terms["mask"] = self.settings.cl_weight * torch.stack(mask).sum()
         return terms
 
     def _target(self, x: Tensor, generator: torch.Generator) -> Tensor:

@@ -66,6 +66,9 @@ class GRCN(Baseline):
             weights.append(self._affinity(nodes) * self.confidence[self.source, index])
         return torch.stack(weights).max(0).values.relu(), contents
 
+    def user_tables(self):
+        return self.prototype
+
     def encode(self, generator=None) -> tuple[Tensor, Tensor]:
         weight, contents = self._refine()
         x = total = self.table

@@ -42,6 +42,9 @@ class MMGCN(Baseline):
         degree = graph.degree.clamp(min=1)
         self.register_buffer("inverse_degree", degree.float().reciprocal(), persistent=False)
 
+    def user_tables(self):
+        return self.preference
+
     def encode(self, generator=None) -> tuple[Tensor, Tensor]:
         g, total, layer = self.graph, 0.0, 0
         for table, weight, preference in zip(self.features, self.project, self.preference, strict=True):

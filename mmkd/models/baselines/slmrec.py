@@ -58,6 +58,9 @@ class SLMRec(Baseline):
         fused = [torch.cat(side, dim=1) @ weight for side, weight in zip(sides, self.fuse, strict=True)]
         return nn.functional.normalize(fused[0], dim=1), nn.functional.normalize(fused[1], dim=1)
 
+    def user_tables(self):
+        return self.preference
+
     def encode(self, generator=None) -> tuple[Tensor, Tensor]:
         return self._fused(self._views())
 

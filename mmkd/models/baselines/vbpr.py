@@ -24,6 +24,12 @@ class VBPR(Baseline):
         self.visual_bias = nn.ParameterList(nn.Parameter(torch.zeros(table.width, 1)) for table in self.features)  # β'
         self.bias = nn.Parameter(torch.zeros(graph.num_items, 1))  # β
 
+    def user_tables(self):
+        return self.taste
+
+    def item_tables(self):
+        return (self.bias,)
+
     def encode(self, generator=None) -> tuple[Tensor, Tensor]:
         users, items = self.split(self.table)
         content = [table.project(weight) for table, weight in zip(self.features, self.embedding, strict=True)]
