@@ -106,7 +106,8 @@ def test_vbpr_scores_are_equation_4(planted):
     own, of_items = model.split(model.table)
     expected = own @ of_items.T + model.bias.T
     for table, e, theta, beta in zip(model.features, model.embedding, model.taste, model.visual_bias, strict=True):
-        expected = expected + theta @ (table.prepared() @ e).T + (table.prepared() @ beta).T
+        content = table.prepared() / table.width**0.5
+        expected = expected + theta @ (content @ e).T + (content @ beta).T
     torch.testing.assert_close(users @ items.T, expected.detach(), rtol=1e-3, atol=1e-3)
 
 

@@ -79,7 +79,7 @@ def test_the_search_decides_on_validation_and_later_cells_use_it(study, monkeypa
     from mmkd.experiments import search as module
 
     tried = []
-    fake = {(1e-3, 1e-4): 0.2, (1e-2, 1e-3): 0.3}
+    fake = {(1e-3, 1e-3): 0.2, (3e-3, 1e-1): 0.3}
 
     def cell(self, changes, seed=0):
         assert self.dataset(0).test is None, "the search could see the test part"
@@ -95,8 +95,8 @@ def test_the_search_decides_on_validation_and_later_cells_use_it(study, monkeypa
         assert "**0.3000**" in module.tune(alone).read_text()
     assert len(tried) == 2 * len(module.SECTION)
     tuned = alone.settings({"model": "ngcf"}, 0)
-    assert (tuned.models["ngcf"]["lr"], tuned.models["ngcf"]["l2"]) == (1e-2, 1e-3)
-    assert alone.settings({}, 0).teacher.lr == 1e-2 and alone.settings({"teacher.lr": 0.5}, 0).teacher.lr == 0.5
+    assert (tuned.models["ngcf"]["lr"], tuned.models["ngcf"]["l2"]) == (3e-3, 1e-1)
+    assert alone.settings({}, 0).teacher.lr == 3e-3 and alone.settings({"teacher.lr": 0.5}, 0).teacher.lr == 0.5
 
 
 def test_the_grown_graph_only_adds(study):

@@ -24,11 +24,13 @@ class BM3Config(BaselineConfig):
 class BM3(Baseline):
     """Bootstrapping without negatives: an online view predicts a dropped-out, detached target view.
 
-    `H = 1/(L+1) sum_l Â^l E`, items get their layer 0 added (Eq. 2-5, residual); features `h^m = x^m W^m + b^m` (Eq. 1);
-    target `ḣ = h . Bernoulli(p)` (Eq. 6), prediction `h̃ = h W_p + b_p` (Eq. 7).
-    With `C(a, b) = -cos(a, b)` and targets detached (Eq. 8, 9):
-    `L_rec = C(h̃_u, ḣ_i) + C(ḣ_u, h̃_i)` (Eq. 10), `L_align = C(h̃^m, ḣ_i)` (Eq. 11), `L_mask = C(h̃^m, ḣ^m)` (Eq. 12),
-    `L = L_rec + w (L_align + L_mask) + λ ||Θ||^2` (Eq. 13); ranked by `h̃_u . h̃_i` (Eq. 14).
+    Backbone: `H = 1/(L+1) sum_l Â^l E`, items get their layer 0 added (the residual); features `h^m = x^m W^m + b^m`.
+    Views: target `ḣ = h . Bernoulli(1 - p)`, detached; prediction `h̃ = h W_p + b_p`, one predictor for all.
+    With `C(a, b) = -cos(a, b)`: reconstruction of the interactions `L_rec = C(h̃_u, ḣ_i) + C(ḣ_u, h̃_i)`, alignment across
+    modalities `L_align = sum_m C(h̃^m, ḣ_i)` and within one `L_mask = sum_m C(h̃^m, ḣ^m)`;
+    `L = L_rec + w (L_align + L_mask) + λ ||Θ||^2`, ranked by `h̃_u . h̃_i`.
+    There are no negatives: what keeps popular items in front is that they are drawn more often, so batches are uniform
+    over train pairs.
     """
 
     Settings = BM3Config
@@ -71,5 +73,5 @@ class BM3(Baseline):
 
 
 def _distance(prediction: Tensor, target: Tensor) -> Tensor:
-    """`1 - mean cos`: Eq. 8 shifted to be non-negative."""
+    """`1 - mean cos`: `C` shifted to be non-negative."""
     return 1.0 - nn.functional.cosine_similarity(prediction, target, dim=1).mean()

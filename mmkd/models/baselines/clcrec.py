@@ -22,9 +22,9 @@ class CLCRecConfig(BaselineConfig):
 class CLCRec(Baseline):
     """Ids and features of an item are two views of it; both kinds of mutual information are raised by InfoNCE.
 
-    `f_i = W2 LeakyReLU(W1 [x^1 || ...])` (Eq. 8). Embedding-feature term (Eq. 11): `z_i` against `f_i` among the list's
-    items, cosine over τ. User-item term (Eq. 13): `z_u` against the observed item among the list, where an item's
-    vector is `z_i` or, at random, `f_i` (the hybrid of section 4.3). `L = λ L_embed + (1 - λ) L_user + η ||Θ||^2` (Eq. 15).
+    `f_i = W2 LeakyReLU(W1 [x^1 || ...])` (content encoder). Embedding-feature term: `z_i` against `f_i` among the list's
+    items, cosine over τ. User-item term: `z_u` against the observed item among the list, where an item's
+    vector is `z_i` or, at random, `f_i` (the hybrid training). `L = λ L_embed + (1 - λ) L_user + η ||Θ||^2`.
     An item with train interactions is ranked by `z_i`, a cold one by `f_i`.
     """
 

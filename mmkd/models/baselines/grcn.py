@@ -21,11 +21,11 @@ class GRCNConfig(BaselineConfig):
 class GRCN(Baseline):
     """Edges whose items look unlike the user's prototype are faded before the id embeddings are propagated.
 
-    Prototype (section 3.2.1), per modality: `v_i = LeakyReLU(W X_i)`, and for a few rounds
-    `α_ui = softmax_{i in N(u)}(p_u . v_i)` (Eq. 3), `p_u <- norm(p_u + sum_i α_ui v_i)` (Eq. 2, 4).
-    Pruning (section 3.2.2): `s^m_ui = softmax_{N(.)}(p_u . v_i)` in both directions (Eq. 5), confidence of the
-    modality `c_v^m` (base values, Eq. 8), `s_e = max_m ReLU(c_v^m s^m_e)` (Eq. 9).
-    Propagation (Eq. 10, 11): `e^(l) = sum_j s_vj e_j^(l-1)`, layers summed, then ids and content side by side (Eq. 12), BPR.
+    Prototypes by neighbour routing, per modality: `v_i = LeakyReLU(W X_i)`, and for a few rounds
+    `α_ui = softmax_{i in N(u)}(p_u . v_i)`, `p_u <- norm(p_u + sum_i α_ui v_i)`.
+    Soft pruning: `s^m_ui = softmax_{N(.)}(p_u . v_i)` in both directions, confidence of the modality
+    `c_v^m` (free), `s_e = max_m ReLU(c_v^m s^m_e)`.
+    Propagation: `e^(l) = sum_j s_vj e_j^(l-1)`, layers summed, then ids and content side by side, BPR.
     """
 
     Settings = GRCNConfig

@@ -24,10 +24,10 @@ class LATTICEConfig(BaselineConfig):
 class LATTICE(Baseline):
     """Item-item graphs mined from every modality, mixed, and added to a collaborative filter.
 
-    `S_ij^m = cos(x_i, x_j)` (Eq. 1), k largest per row kept (Eq. 2), `Ŝ = D^-1/2 S D^-1/2` (Eq. 3); the same on projected
-    features `x W + b` (Eq. 4) gives the learned graph; `A^m = λ Ŝ^m + (1 - λ) Â^m` (Eq. 6), `A = sum_m softmax(α)_m A^m`
-    (Eq. 7); `h^l = A h^(l-1)` from the item ids (Eq. 8); `x̂_i = x_i + h_i / ||h_i||` (Eq. 9) with `x_i` from LightGCN,
-    `y = x̂_u . x̂_i` (Eq. 10), BPR (Eq. 11). Which neighbours the learned graphs keep is chosen anew every epoch; their weights
+    `S_ij^m = cos(x_i, x_j)`, k largest per row kept, `Ŝ = D^-1/2 S D^-1/2` (initial graphs); the same on projected
+    features `x W + b` gives the learned graph; `A^m = λ Ŝ^m + (1 - λ) Â^m` (skip connection), `A = sum_m softmax(α)_m A^m`
+    (aggregation); `h^l = A h^(l-1)` from the item ids; `x̂_i = x_i + h_i / ||h_i||` with `x_i` from LightGCN,
+    `y = x̂_u . x̂_i`, BPR. Which neighbours the learned graphs keep is chosen anew every epoch; their weights
     are learned in every step.
     """
 

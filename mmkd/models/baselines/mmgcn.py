@@ -21,9 +21,9 @@ class MMGCN(Baseline):
     """One graph convolution per modality on the user-item graph, tied together by the id embeddings.
 
     For modality m, with `x_i` the projected feature of an item and `x_u` a free vector of a user:
-    `h = LeakyReLU(W1 mean_{j in N(v)} x_j)` (aggregation, Eq. 2, 3),
-    `x̂ = LeakyReLU(W2 x) + id` (Eq. 5), `x' = LeakyReLU(W3 h + x̂)` (combination, Eq. 6),
-    `v* = sum_m x^(L)` (Eq. 8), `y = u* . i*`, BPR (Eq. 9).
+    `h = LeakyReLU(W1 mean_{j in N(v)} x_j)` (aggregation),
+    `x̂ = LeakyReLU(W2 x) + id`, `x' = LeakyReLU(W3 h + x̂)` (combination, element-wise form),
+    `v* = sum_m x^(L)` (fusion), `y = u* . i*`, BPR.
     """
 
     Settings = MMGCNConfig

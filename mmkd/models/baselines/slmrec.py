@@ -23,11 +23,11 @@ class SLMRecConfig(BaselineConfig):
 class SLMRec(Baseline):
     """One LightGCN for ids and one per modality, fused; items are contrasted across their modalities (the FAC task).
 
-    Modality encoder (Eq. 2-4): `E^m = propagate([users^m; X^m W^m])`; fusion (Eq. 5) `z = W [E^id || E^1 || ...]`.
-    Feature fine and coarse (section 3.3.3): every modality is projected to a fine space, where it is contrasted with the
-    others, and all of them to a coarse one, where they are contrasted with the ids (InfoNCE in the batch, Eq. 12-14).
-    Main loss: softmax over the batch's items, `-log exp(z_u . z_i / τ) / sum_j exp(z_u . z_j / τ)` on unit vectors (Eq. 7);
-    `L = L_main + α L_ssl` (Eq. 16).
+    Modality encoder: `E^m = propagate([users^m; X^m W^m])`; fusion `z = W [E^id || E^1 || ...]`.
+    Fine and coarse feature spaces (FAC): every modality is projected to a fine space, where it is contrasted with the
+    others, and all of them to a coarse one, where they are contrasted with the ids (InfoNCE in the batch).
+    Main loss: softmax over the batch's items, `-log exp(z_u . z_i / τ) / sum_j exp(z_u . z_j / τ)` on unit vectors;
+    `L = L_main + α L_ssl`.
     """
 
     Settings = SLMRecConfig

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from mmkd.models.baselines.base import Baseline
+from mmkd.models.features import FeatureTable
 
 
 class VBPR(Baseline):
     """`x_ui = β_i + γ_u . γ_i + sum_m (θ_u^m . E^m f_i^m + β'^m . f_i^m)` (Eq. 4, one content term a modality).
 
-    What depends on the user alone cancels in BPR (Eq. 6) and in a ranking, so it is left out. The score is written as
+    What depends on the user alone cancels in BPR and in a ranking, so it is left out. The score is written as
     one inner product: users `[γ_u, θ_u, 1]`, items `[γ_i, E f_i, β_i + β' . f_i]`.
     """
 
@@ -28,11 +29,22 @@ class VBPR(Baseline):
         return self.taste
 
     def item_tables(self):
-        return (self.bias,)
+        """The content factors are held like the ids: `E` itself is too small a part of the model for its norm to matter."""
+        content, bias = self._content()
+        return *content, bias
 
     def encode(self, generator=None) -> tuple[Tensor, Tensor]:
         users, items = self.split(self.table)
-        content = [table.project(weight) for table, weight in zip(self.features, self.embedding, strict=True)]
-        bias = self.bias + sum(t.project(w) for t, w in zip(self.features, self.visual_bias, strict=True))
+        content, bias = self._content()
         ones = users.new_ones(users.shape[0], 1)
         return torch.cat([users, *self.taste, ones], 1), torch.cat([items, *content, bias], 1)
+
+    def _content(self) -> tuple[list[Tensor], Tensor]:
+        """`E f_i` of every modality, `[I, d]`, and the bias `β_i + β' . f_i`, `[I, 1]`."""
+        content = [self._unit(table, weight) for table, weight in zip(self.features, self.embedding, strict=True)]
+        return content, self.bias + sum(self._unit(t, w) for t, w in zip(self.features, self.visual_bias, strict=True))
+
+    @staticmethod
+    def _unit(table: FeatureTable, weight: Tensor) -> Tensor:
+        """`F W` with rows of mean square length 1: at that of their width they drown the ids."""
+        return table.project(weight) / table.width**0.5
