@@ -20,6 +20,7 @@ class BaselineConfig(StageConfig):
     """Settings every trained baseline has; the defaults are starting points, `mmkd reproduce search` tunes them."""
 
     lr: float = Field(1e-3, gt=0, le=1, description="AdamW learning rate")
+    l2: float = Field(1e-2, ge=0, description="weight of the L2 term over the batch's own rows of the free tables")
     batch_size: int = Field(2048, ge=1, description="(user, positive) pairs per step")
     epochs: int = Field(200, ge=0, description="upper bound; early stopping usually ends sooner")
     eval_every: int = Field(5, ge=1, description="epochs between two looks at validation")

@@ -39,8 +39,13 @@ class BM3(Baseline):
     def __init__(self, graph, features, dim, settings, generator=None) -> None:
         super().__init__(graph, features, dim, settings, generator)
         self.project = nn.ParameterList(self.dense(table.width, dim) for table in self.features)
-        self.offset = nn.ParameterList(nn.Parameter(torch.zeros(dim)) for _ in self.features)
-        self.predict_weight, self.predict_bias = self.dense(dim, dim), nn.Parameter(torch.zeros(dim))
+        self.offset = nn.ParameterList(self._offset(table.width) for table in self.features)
+        self.predict_weight, self.predict_bias = self.dense(dim, dim), self._offset(dim)
+
+    def _offset(self, fan_in: int) -> nn.Parameter:
+        """A bias as a linear layer starts it: from 0 it stays there, and a popular item cannot lean on a common direction."""
+        bound = fan_in**-0.5
+        return nn.Parameter(torch.empty(self.dim).uniform_(-bound, bound, generator=self.generator))
 
     def _online(self) -> tuple[Tensor, Tensor]:
         users, items = self.split(ops.propagate(self.graph, self.table, self.settings.layers))

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from pydantic import Field
 from torch import Tensor
 
-from mmkd.models.baselines.base import Baseline
+from mmkd.models.baselines.base import Baseline, BaselineConfig
+
+
+class BPRMFConfig(BaselineConfig):
+    """Settings of BPR-MF."""
+
+    l2: float = Field(0.1, ge=0, description="λ: a factorisation of sparse data needs much")
 
 
 class BPRMF(Baseline):
     """`x_ui = <w_u, h_i>` (section 4.3.1), `BPR-OPT = sum ln σ(x_ui - x_uj) - λ ||Θ||^2` (section 4.1)."""
+
+    Settings = BPRMFConfig
 
     def encode(self, generator=None) -> tuple[Tensor, Tensor]:
         return self.split(self.table)

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from mmkd.models.baselines.base import Baseline
+from mmkd.models.baselines.base import Baseline, BaselineConfig
 from mmkd.models.features import FeatureTable
+
+
+class VBPRConfig(BaselineConfig):
+    """Settings of VBPR."""
+
+    l2: float = Field(0.1, ge=0, description="λ, of the ids, the tastes and the items' content factors")
 
 
 class VBPR(Baseline):
@@ -16,6 +23,7 @@ class VBPR(Baseline):
     one inner product: users `[γ_u, θ_u, 1]`, items `[γ_i, E f_i, β_i + β' . f_i]`.
     """
 
+    Settings = VBPRConfig
     needs_features = True
 
     def __init__(self, graph, features, dim, settings, generator=None) -> None:
