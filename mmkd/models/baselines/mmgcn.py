@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -15,13 +17,16 @@ class MMGCNConfig(BaselineConfig):
     """Settings of MMGCN."""
 
     layers: int = Field(2, ge=1, le=8, description="graph convolutions of every modality")
+    aggregate: Literal["mean", "symmetric", "sum"] = Field(
+        "mean", description="neighbours' average; D^-1/2 A D^-1/2, which keeps some of the degree; or their sum"
+    )
 
 
 class MMGCN(Baseline):
     """One graph convolution per modality on the user-item graph, tied together by the id embeddings.
 
     For modality m, with `x_i` the projected feature of an item and `x_u` a free vector of a user:
-    `h = LeakyReLU(W1 mean_{j in N(v)} x_j)` (aggregation),
+    `h = LeakyReLU(W1 mean_{j in N(v)} x_j)` (aggregation; `aggregate` has other forms),
     `x̂ = LeakyReLU(W2 x) + id`, `x' = LeakyReLU(W3 h + x̂)` (combination, element-wise form),
     `v* = sum_m x^(L)` (fusion), `y = u* . i*`, BPR.
     """
@@ -39,20 +44,25 @@ class MMGCN(Baseline):
         self.aggregate, self.transform, self.combine = (
             nn.ParameterList(self.dense(dim, dim) for _ in range(count)) for _ in range(3)
         )  # W1, W2, W3
-        degree = graph.degree.clamp(min=1)
-        self.register_buffer("inverse_degree", degree.float().reciprocal(), persistent=False)
+        self.register_buffer("inverse_degree", graph.degree.clamp(min=1).float().reciprocal(), persistent=False)
 
     def user_tables(self):
         return self.preference
 
+    def _gathered(self, x: Tensor) -> Tensor:
+        """The neighbours of every node as one vector, `[N, d]`."""
+        if self.settings.aggregate == "symmetric":
+            return self.adjacency(x)
+        scale = self.inverse_degree if self.settings.aggregate == "mean" else None
+        return ops.spmm(self.graph.rowptr, self.graph.col, x, row_scale=scale)
+
     def encode(self, generator=None) -> tuple[Tensor, Tensor]:
-        g, total, layer = self.graph, 0.0, 0
+        total, layer = 0.0, 0
         for table, weight, preference in zip(self.features, self.project, self.preference, strict=True):
             content = nn.functional.normalize(table.project(weight), dim=1)
             x = torch.cat([nn.functional.normalize(preference, dim=1), content])  # [N, d]
             for _ in range(self.settings.layers):
-                mean = ops.spmm(g.rowptr, g.col, x, row_scale=self.inverse_degree)
-                hidden = nn.functional.leaky_relu(mean @ self.aggregate[layer])
+                hidden = nn.functional.leaky_relu(self._gathered(x) @ self.aggregate[layer])
                 own = nn.functional.leaky_relu(x @ self.transform[layer]) + self.table
                 x = nn.functional.leaky_relu(hidden @ self.combine[layer] + own)
                 layer += 1
