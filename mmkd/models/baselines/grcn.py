@@ -15,7 +15,7 @@ class GRCNConfig(BaselineConfig):
     """Settings of GRCN."""
 
     layers: int = Field(2, ge=1, le=8, description="graph convolutions on the refined graph")
-    routings: int = Field(3, ge=1, le=8, description="iterations of the neighbour routing")
+    routings: int = Field(1, ge=1, le=8, description="iterations of the neighbour routing")
 
 
 class GRCN(Baseline):

@@ -16,9 +16,13 @@ from mmkd.models.lightgcn import initial_table
 class MMGCNConfig(BaselineConfig):
     """Settings of MMGCN."""
 
+    lr: float = Field(3e-3, gt=0, le=1, description="AdamW learning rate")
+    l2: float = Field(0.1, ge=0, description="weight of the L2 term over the batch's own rows of the free tables")
+    eval_every: int = Field(3, ge=1, description="epochs between two looks at validation; it overfits early")
+    draw: Literal["users", "pairs"] = Field("pairs", description="what a batch draws uniformly")
     layers: int = Field(2, ge=1, le=8, description="graph convolutions of every modality")
     aggregate: Literal["mean", "symmetric", "sum"] = Field(
-        "mean", description="neighbours' average; D^-1/2 A D^-1/2, which keeps some of the degree; or their sum"
+        "symmetric", description="neighbours' average; D^-1/2 A D^-1/2, which keeps some of the degree; or their sum"
     )
 
 
@@ -26,7 +30,7 @@ class MMGCN(Baseline):
     """One graph convolution per modality on the user-item graph, tied together by the id embeddings.
 
     For modality m, with `x_i` the projected feature of an item and `x_u` a free vector of a user:
-    `h = LeakyReLU(W1 mean_{j in N(v)} x_j)` (aggregation; `aggregate` has other forms),
+    `h = LeakyReLU(W1 mean_{j in N(v)} x_j)` (aggregation; by default `Â x` instead of the mean, for without the degrees it ranks below popularity),
     `x̂ = LeakyReLU(W2 x) + id`, `x' = LeakyReLU(W3 h + x̂)` (combination, element-wise form),
     `v* = sum_m x^(L)` (fusion), `y = u* . i*`, BPR.
     """
