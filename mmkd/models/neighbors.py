@@ -17,7 +17,7 @@ class NeighborGraph:
 
     Attributes:
         rowptr, col: `S` as CSR, int64 `[I + 1]`, int32 `[nnz]`, symmetric, columns ascending, no item its own neighbour.
-        scale: `D^-1/2`, `[I]`, float32; 0 for an item without neighbours.
+        scale: `D^-1/2`, `[I]`, float64; 0 for an item without neighbours.
     """
 
     rowptr: Tensor
@@ -26,10 +26,8 @@ class NeighborGraph:
 
     def __call__(self, x: Tensor) -> Tensor:
         """`Ŝ x`: `[I, d] -> [I, d]`, differentiable."""
-        scale = self.scale.double() if x.dtype == torch.float64 else self.scale
-        return ops.spmm(
-            self.rowptr, self.col, x, row_scale=scale, col_scale=scale, transpose=(self.rowptr, self.col)
-        )  # fmt: skip
+        scale = self.scale if x.dtype == torch.float64 else self.scale.float()
+        return ops.spmm(self.rowptr, self.col, x, row_scale=scale, col_scale=scale, transpose=(self.rowptr, self.col))
 
     def to(self, device: torch.device | str) -> NeighborGraph:
         """The same graph on `device`."""
@@ -54,5 +52,5 @@ def neighbor_graph(vectors: Tensor, k: int) -> NeighborGraph:
     rows, cols = rows[kept], cols[kept]
     rowptr, col = csr.from_edges(np.concatenate([rows, cols]), np.concatenate([cols, rows]), count, count)
     degree = np.diff(rowptr)
-    scale = np.where(degree > 0, np.maximum(degree, 1) ** -0.5, 0.0).astype(np.float32)
+    scale = np.where(degree > 0, np.maximum(degree, 1) ** -0.5, 0.0)
     return NeighborGraph(*(torch.from_numpy(a).to(vectors.device) for a in (rowptr, col, scale)))

@@ -52,7 +52,7 @@ def knows_taste(graph: NeighborGraph, dataset: Dataset, metric: str) -> bool:
     """
     rowptr, col, scale = (t.cpu().numpy() for t in (graph.rowptr, graph.col, graph.scale))
     pattern = sp.csr_matrix((np.ones(len(col), np.float32), col, rowptr), shape=(len(scale), len(scale)))
-    similarity = sp.csr_matrix(sp.diags(scale) @ pattern @ sp.diags(scale))
+    similarity = sp.csr_matrix(sp.diags(scale) @ pattern @ sp.diags(scale), dtype=np.float32)
 
     def scores(users: np.ndarray) -> np.ndarray:
         return (dataset.train[users].astype(np.float32) @ similarity).toarray()
