@@ -102,7 +102,7 @@ class Teacher(nn.Module):
         generator: of the random start.
         compute: type of the tables in training's propagation, as in `LightGCN`; outputs have the weights' type.
         neighbors: ``S^m``, item-item graphs of the modalities whose neighbours an item's id row is smoothed over; not in
-            the paper. None: ``propagate(id)`` alone.
+            the paper. Empty: ``propagate(id)`` alone.
     """
 
     def __init__(
