@@ -44,7 +44,18 @@ class StageConfig(_Section):
     patience: int = Field(4, ge=1, description="looks at validation without a better one before stopping")
 
 
-class LightGCNConfig(StageConfig):
+class RankingConfig(StageConfig):
+    """A stage whose ranking loss may look at more than one negative."""
+
+    shared_negatives: int = Field(
+        0,
+        ge=0,
+        description="items drawn per step that all pairs of the batch are ranked against by softmax; 0: BPR, one negative "
+        "a pair",
+    )
+
+
+class LightGCNConfig(RankingConfig):
     """LightGCN without distillation: the row of the summary the student has to beat."""
 
     lr: float = Field(2e-3, gt=0, le=1, description="AdamW learning rate")
@@ -56,7 +67,7 @@ class LightGCNConfig(StageConfig):
     init: Literal["xavier", "normal"] = Field("xavier", description="start of the layer-0 table (normal: std 0.1)")
 
 
-class UpdateConfig(StageConfig):
+class UpdateConfig(RankingConfig):
     """Fine-tuning of a finished student on new interactions (`mmkd update`, paper section 7.3.1)."""
 
     lr: float = Field(1e-3, gt=0, le=1, description="AdamW learning rate")
@@ -80,7 +91,7 @@ class PromptConfig(_Section):
     lr: float = Field(1e-4, ge=0, le=1, description="learning rate of W_P, b_P in the student's stage; 0 = frozen")
 
 
-class TeacherConfig(StageConfig):
+class TeacherConfig(RankingConfig):
     """The multi-modal teacher (first stage)."""
 
     lr: float = Field(3e-3, gt=0, le=1, description="AdamW learning rate")
@@ -90,6 +101,11 @@ class TeacherConfig(StageConfig):
     eval_every: int = Field(5, ge=1, description="epochs between two looks at validation")
     layers: int = Field(3, ge=0, le=16, description="L_T, propagation layers of its id embeddings")
     feature_layers: int = Field(1, ge=1, le=8, description="times R_hat, R_hat^T are applied to the projected features")
+    neighbors: int = Field(
+        10,
+        ge=0,
+        description="k of the nearest-neighbour graphs of the modalities over which an item's id row is smoothed; 0: none",
+    )
     features: Literal["raw", "center", "standardize", "unit"] = Field(
         "unit",
         description="features as they are; centred and divided by one number; every column to mean 0, std 1; or centred "
@@ -105,7 +121,7 @@ class TeacherConfig(StageConfig):
     fusion: Literal["validation", "fixed"] = Field(
         "validation",
         description="omega of modality m: as given; or that times min(1, recall of its head / recall of the id part)^power, "
-        "0 where popularity ranks better, read at every look at validation",
+        "0 where popularity ranks better, read at every look at validation; so is a modality's neighbour graph left out",
     )
     fusion_power: float = Field(2.0, ge=0, description="the power in fusion=validation")
     modality_loss: float = Field(0.1, ge=0, description="mu, weight of each modality head's own BPR")
@@ -115,7 +131,7 @@ class TeacherConfig(StageConfig):
     init: Literal["xavier", "normal"] = Field("xavier", description="start of the id table (normal: std 0.1)")
 
 
-class StudentConfig(StageConfig):
+class StudentConfig(RankingConfig):
     """The LightGCN student (second stage)."""
 
     lr: float = Field(5e-4, gt=0, le=1, description="AdamW learning rate")

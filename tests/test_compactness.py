@@ -71,7 +71,7 @@ def test_nothing_holds_teacher_or_features_in_the_students_stage(tmp_path):
     del teacher
     run.release_features()
     assert [ref() for ref in held] == [None] * len(held)
-    assert math.isfinite(float(task.step(0, 0)["bpr"]))
+    assert math.isfinite(float(task.step(0, 0)["ranking"]))
 
 
 @needs_proc

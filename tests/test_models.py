@@ -9,6 +9,7 @@ import torch
 from mmkd import BipartiteGraph, ops
 from mmkd.models.features import FeatureTable
 from mmkd.models.lightgcn import LightGCN, initial_table, matching_table
+from mmkd.models.neighbors import neighbor_graph
 from mmkd.models.prompt import Prompt, principal_components, prompt_basis
 from mmkd.models.teacher import Teacher
 from mmkd.training.collapse import FrozenTeacher
@@ -34,12 +35,22 @@ def make_teacher(graph, norm="mean", strength=0.7, feature_layers=1, seed=0):
         prompt.bias.normal_(generator=generator)
     teacher = Teacher(
         graph, tables, prompt, layers=2, feature_layers=feature_layers, feature_weight=0.4, strength=strength, norm=norm,
-        generator=generator,
+        generator=generator, neighbors=[neighbor_graph(table.prepared(), 3) for table in tables[:2]],
     )  # fmt: skip
     with torch.no_grad():
         for bias in teacher.biases:
             bias.normal_(generator=generator)
     return teacher.double()
+
+
+def dense_neighbors(x, k):
+    """`D^-1/2 S D^-1/2` of :class:`mmkd.models.neighbors.NeighborGraph`, `[I, I]`."""
+    unit = torch.nn.functional.normalize(x.double(), dim=1)
+    cosine = (unit @ unit.T).fill_diagonal_(-2)
+    s = torch.zeros_like(cosine).scatter_(1, cosine.topk(k, dim=1).indices, 1)
+    s = ((s + s.T) > 0).double()
+    scale = s.sum(1).rsqrt()
+    return scale[:, None] * s * scale
 
 
 def written_out(teacher, graph):
@@ -53,7 +64,10 @@ def written_out(teacher, graph):
     p = teacher.prompt.basis @ teacher.prompt.weight + teacher.prompt.bias
     a = torch.zeros(graph.num_nodes, graph.num_nodes, dtype=torch.float64)
     a[: graph.num_users, graph.num_users :], a[graph.num_users :, : graph.num_users] = r, r.T
-    joint = sum(torch.linalg.matrix_power(a, layer) @ teacher.table for layer in range(3)) / 3
+    table = teacher.table.clone()
+    for features in teacher.features[:2]:
+        table[graph.num_users :] += dense_neighbors(features.prepared(), 3) @ teacher.table[graph.num_users :]
+    joint = sum(torch.linalg.matrix_power(a, layer) @ table for layer in range(3)) / 3
     users, items = [], []
     parts = zip(teacher.features, teacher.weights, teacher.biases, teacher.omega, strict=True)
     for table, w, b, omega in parts:
@@ -210,6 +224,22 @@ def test_unit_rows_all_count_the_same():
     centred = torch.from_numpy(x - x.mean(0))
     torch.testing.assert_close(unit, 2 * torch.nn.functional.normalize(centred, dim=1))
     assert FeatureTable("x", np.full((3, 4), 7.0), "unit").prepared().eq(0).all()
+
+
+def test_neighbours_are_the_nearest_by_cosine_and_their_product_differentiates():
+    x = torch.from_numpy(np.random.default_rng(2).standard_normal((40, 6)))
+    graph, truth = neighbor_graph(x, 4), dense_neighbors(x, 4)
+    table = torch.randn(40, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    torch.testing.assert_close(graph(table), truth @ table, atol=1e-12, rtol=0)
+    torch.testing.assert_close(graph(table.float()), (truth @ table).float(), atol=1e-5, rtol=0)
+    (grad,) = torch.autograd.grad(graph(table).sin().sum(), table)
+    torch.testing.assert_close(grad, truth.T @ (truth @ table).cos(), atol=1e-12, rtol=0)
+    x[3] = 0  # an item without features has no neighbours, and is nobody's
+    assert graph.rowptr.diff().min() >= 4
+    without = neighbor_graph(x, 4)
+    assert without.rowptr[3] == without.rowptr[4] and 3 not in without.col
+    assert without.scale[3] == 0 and torch.isfinite(without(table)).all()
+    assert neighbor_graph(x[:2], 4).col.tolist() == [1, 0]  # fewer than k there
 
 
 @pytest.mark.parametrize("layers", [0, 1, 3])

@@ -73,10 +73,15 @@ def prompt_basis(features: Sequence[FeatureTable], dim: int, seed: int = 0) -> T
     """``H = 1/|M| sum_m PCA(X^m)``, ``[I, dim]`` float32: the constant input of the prompt module (Eq. 3)."""
     if not features:
         raise ValueError("features: at least one modality is needed to build the prompt, got none")
-    total = torch.zeros(features[0].num_items, dim)
-    for table in features:
-        total += principal_components(table, dim, seed)
-    return total / len(features)
+    return mean_components([principal_components(table, dim, seed) for table in features])
+
+
+def mean_components(components: Sequence[Tensor]) -> Tensor:
+    """:func:`prompt_basis` of components that are already there."""
+    total = torch.zeros_like(components[0])
+    for part in components:
+        total += part
+    return total / len(components)
 
 
 class Prompt(nn.Module):

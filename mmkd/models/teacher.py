@@ -12,6 +12,7 @@ from mmkd import ops
 from mmkd.graph import BipartiteGraph
 from mmkd.models.features import FeatureTable, project_raw
 from mmkd.models.lightgcn import initial_table, rounded
+from mmkd.models.neighbors import NeighborGraph
 from mmkd.models.prompt import Prompt
 
 NORM_EPS = 1e-12
@@ -23,7 +24,7 @@ class TeacherOutput:
 
     Attributes:
         joint: ``E^T``, ``[N, d]`` (or the asked rows).
-        ids: its part without features, ``propagate(id)``, ``[N, d]`` (or the asked rows).
+        ids: its part without ``F^m``, ``propagate(id + sum_m S^m id)``, ``[N, d]`` (or the asked rows).
         users: ``F_u^m``, ``[M, U, d]`` (or the asked users).
         items: ``F_i^m``, ``[M, I, d]`` (or the asked items).
     """
@@ -84,7 +85,8 @@ class Teacher(nn.Module):
     """Graph encoder of ids plus prompt-guided encoders of every modality.
 
     ``f^m = dropout(X^m W^m + lambda_1 c p (p^T (X^m W^m)) + b^m)``, ``F_u^m = R_hat f^m``, ``F_i^m = R_hat^T F_u^m``,
-    ``E^T = propagate(id) + sum_m omega_m rownorm(F^m)``. ``omega`` is stored with the weights but gets no gradient.
+    ``E^T = propagate(id + sum_m S^m id) + sum_m omega_m rownorm(F^m)``, where ``S^m`` acts on items alone. ``omega`` is
+    stored with the weights but gets no gradient.
 
     Args:
         graph: train interactions.
@@ -99,6 +101,8 @@ class Teacher(nn.Module):
         init: start of the id table, ``"xavier"`` or ``"normal"``.
         generator: of the random start.
         compute: type of the tables in training's propagation, as in `LightGCN`; outputs have the weights' type.
+        neighbors: ``S^m``, item-item graphs of the modalities whose neighbours an item's id row is smoothed over; not in
+            the paper. Empty: ``propagate(id)`` alone.
     """
 
     def __init__(
@@ -116,6 +120,7 @@ class Teacher(nn.Module):
         init: str = "xavier",
         generator: torch.Generator | None = None,
         compute: torch.dtype | None = None,
+        neighbors: Sequence[NeighborGraph] = (),
     ) -> None:
         super().__init__()
         for table in features:
@@ -126,7 +131,7 @@ class Teacher(nn.Module):
         if norm not in ("mean", "row"):
             raise ValueError(f"norm: expected mean or row, got {norm!r}")
         dim, dtype = prompt.weight.shape[1], prompt.weight.dtype
-        self.graph, self.features, self.prompt = graph, list(features), prompt
+        self.graph, self.features, self.prompt, self.neighbors = graph, list(features), prompt, tuple(neighbors)
         self.layers, self.feature_layers = layers, feature_layers
         self.strength, self.norm, self.dropout, self.compute = strength, norm, dropout, compute
         self.table = nn.Parameter(initial_table(graph.num_nodes, dim, init, generator, dtype))
@@ -183,8 +188,15 @@ class Teacher(nn.Module):
         return self.user_design.index_select(0, users) @ stacked, self.prompt.design.index_select(0, items) @ stacked
 
     def id_embeddings(self, rows: Tensor | None = None) -> Tensor:
-        """``propagate(id)``, the part of ``E^T`` without features."""
-        return ops.propagate(self.graph, rounded(self.table, self.compute), self.layers, rows=rows)
+        """``propagate(id + sum_m S^m id)``, the part of ``E^T`` without ``F^m``."""
+        return ops.propagate(self.graph, rounded(self._smoothed(), self.compute), self.layers, rows=rows)
+
+    def _smoothed(self) -> Tensor:
+        """The id table, every item's row plus its neighbours': ``[N, d]``."""
+        if not self.neighbors:
+            return self.table
+        users, items = self.split(self.table)
+        return torch.cat([users, items + sum(graph(items) for graph in self.neighbors)])
 
     def forward(
         self, rows: Tensor | None = None, num_users: int | None = None, mask: Tensor | None = None

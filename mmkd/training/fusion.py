@@ -1,13 +1,16 @@
-"""How much each modality counts in `E^T`: `omega_m`, read off validation while the teacher trains."""
+"""What each modality counts for in `E^T`: `omega_m`, read off validation while the teacher trains, and its neighbour graph."""
 
 from __future__ import annotations
 
+import numpy as np
+import scipy.sparse as sp
 import torch
 from torch import Tensor
 
 from mmkd.data import Dataset
 from mmkd.evaluation import evaluate, evaluate_scores
 from mmkd.models.baselines.popularity import Popularity
+from mmkd.models.neighbors import NeighborGraph
 from mmkd.models.teacher import Teacher
 
 
@@ -26,7 +29,7 @@ class Gate:
     def __init__(self, teacher: Teacher, dataset: Dataset, metric: str, weight: float, power: float) -> None:
         self.teacher, self.dataset, self.weight, self.power = teacher, dataset, weight, power
         self.metric, self.ks = metric, (int(metric.partition("@")[2]),)
-        self.floor = evaluate_scores(Popularity().fit(dataset).scores, dataset, "val", self.ks)[metric]
+        self.floor = _popularity(dataset, metric)
 
     def __call__(self) -> None:
         """Reads the parts' metrics and sets `omega`; to be called before the teacher is looked at."""
@@ -39,3 +42,25 @@ class Gate:
 
     def _metric(self, users: Tensor, items: Tensor) -> float:
         return evaluate(users, items, self.dataset, "val", self.ks)[self.metric]
+
+
+def knows_taste(graph: NeighborGraph, dataset: Dataset, metric: str) -> bool:
+    """Whether ranking by `R Ŝ^m`, the neighbours of what a user has, beats popularity on validation.
+
+    Args:
+        graph: on any device. dataset: with a validation part. metric: e.g. `"recall@20"`.
+    """
+    rowptr, col, scale = (t.cpu().numpy() for t in (graph.rowptr, graph.col, graph.scale))
+    pattern = sp.csr_matrix((np.ones(len(col), np.float32), col, rowptr), shape=(len(scale), len(scale)))
+    similarity = sp.csr_matrix(sp.diags(scale) @ pattern @ sp.diags(scale), dtype=np.float32)
+
+    def scores(users: np.ndarray) -> np.ndarray:
+        return (dataset.train[users].astype(np.float32) @ similarity).toarray()
+
+    cutoff = (int(metric.partition("@")[2]),)
+    return evaluate_scores(scores, dataset, "val", cutoff)[metric] > _popularity(dataset, metric)
+
+
+def _popularity(dataset: Dataset, metric: str) -> float:
+    cutoff = (int(metric.partition("@")[2]),)
+    return evaluate_scores(Popularity().fit(dataset).scores, dataset, "val", cutoff)[metric]

@@ -27,6 +27,7 @@ from mmkd.training.checkpoint import (
 )
 from mmkd.training.finite import first_bad, origin
 from mmkd.training.profile import StepProfiler
+from mmkd.training.ranking import NO_SHARED_ITEMS, SharedItems
 from mmkd.training.run_folder import RunFolder
 from mmkd.training.stop import RunStopped, Stop
 
@@ -51,6 +52,8 @@ class NodeBatch:
         users: int64 `[B]`, positions among the users of `rows`.
         candidates: int64 `[B, K]`, positions among the items of `rows`; column 0 the observed item, 1 BPR's negative.
         extra: int64, positions in `rows` of the further nodes asked for, in their order.
+        shared: int64 `[S]`, positions among the items of `rows` of the items all pairs are ranked against; empty for BPR.
+        owned: int64 `[2, n]`, (b, s) where the user of pair b has item s of `shared` in train.
         touched, counts: node ids that stand in (user, observed, BPR's negative), and how often: the rows and weights of
             the L2 term.
     """
@@ -60,6 +63,8 @@ class NodeBatch:
     users: Tensor
     candidates: Tensor
     extra: Tensor
+    shared: Tensor
+    owned: Tensor
     touched: Tensor
     counts: Tensor
 
@@ -80,8 +85,9 @@ class NodeBatch:
 
 
 def node_batch(
-    users: Tensor, candidates: Tensor, num_users: int, extra: Tensor | None = None, device: torch.device | str = "cpu"
-) -> NodeBatch:
+    users: Tensor, candidates: Tensor, num_users: int, extra: Tensor | None = None, device: torch.device | str = "cpu",
+    shared: SharedItems = NO_SHARED_ITEMS,
+) -> NodeBatch:  # fmt: skip
     """Maps global user and item ids (on the CPU) to the compact table of the nodes involved; `extra` adds node ids.
 
     Worked out where the ids are (on the CPU, so that no step waits for a GPU), then moved to `device`.
@@ -89,19 +95,20 @@ def node_batch(
     batch = len(users)
     user_ids, item_ids = users.numpy(), candidates.numpy().ravel() + num_users
     further = np.empty(0, np.int64) if extra is None else extra.numpy()
-    ids = np.concatenate([user_ids, item_ids, further])
+    ids = np.concatenate([user_ids, item_ids, further, shared.items + num_users])
     position = np.zeros(int(ids.max(initial=-1)) + 1, np.int64)  # a flag per node, then its place among the flagged
     position[ids] = 1
     rows = np.flatnonzero(position)
     position[rows] = np.arange(len(rows))
     first_item = int(np.searchsorted(rows, num_users))
     where = position[ids]
-    local = where[batch : batch + item_ids.size].reshape(candidates.shape)
+    local, beyond = where[batch : batch + item_ids.size].reshape(candidates.shape), batch + item_ids.size
     counts = np.bincount(np.concatenate([where[:batch], local[:, :2].ravel()]), minlength=len(rows))
     touched = np.flatnonzero(counts)
     nodes = NodeBatch(
         *(torch.from_numpy(rows), first_item, torch.from_numpy(where[:batch]), torch.from_numpy(local - first_item)),
-        torch.from_numpy(where[batch + item_ids.size :]),
+        torch.from_numpy(where[beyond : beyond + len(further)]),
+        torch.from_numpy(where[beyond + len(further) :] - first_item), torch.from_numpy(shared.owned),
         torch.from_numpy(rows[touched]), torch.from_numpy(counts[touched]),
     )  # fmt: skip
     return nodes.to(torch.device(device))

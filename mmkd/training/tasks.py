@@ -16,6 +16,7 @@ from mmkd.graph import BipartiteGraph
 from mmkd.models.lightgcn import LightGCN
 from mmkd.models.teacher import Teacher
 from mmkd.training.collapse import FrozenTeacher
+from mmkd.training.ranking import SharedNegatives, ranking_loss
 from mmkd.training.stage import Ahead, NodeBatch, add_l2, batches, node_batch, seeded, to_tensors
 
 
@@ -28,7 +29,7 @@ def _split(table: Tensor, batch: NodeBatch) -> tuple[Tensor, Tensor]:
 
 
 class LightGCNTask:
-    """`L = BPR + L2` (spec section 4) on a plain LightGCN."""
+    """`L = ranking + L2` on a plain LightGCN; the ranking loss is BPR (spec section 4) unless negatives are shared."""
 
     def __init__(
         self, model: LightGCN, settings: StageConfig, dataset: Dataset, graph: BipartiteGraph, seed: int,
@@ -36,10 +37,12 @@ class LightGCNTask:
     ) -> None:  # fmt: skip
         self.name, self.model, self.settings, self.graph = name, model, settings, graph
         self.sampler = sampler or batches(dataset, settings, 1, seed)
+        self.shared = SharedNegatives(dataset.train, settings.shared_negatives, seed)
         self.batch = Ahead(self._batch, self.sampler.num_steps)
 
     def _batch(self, epoch: int, step: int) -> NodeBatch:
-        return node_batch(*to_tensors(self.sampler.batch(epoch, step)), self.graph.num_users)
+        users, candidates = to_tensors(self.sampler.batch(epoch, step))
+        return node_batch(users, candidates, self.graph.num_users, shared=self.shared(epoch, step, users))
 
     def optimizer(self) -> torch.optim.Optimizer:
         return _adamw([{"params": [self.model.table]}], self.settings.lr)
@@ -47,22 +50,26 @@ class LightGCNTask:
     def step(self, epoch: int, step: int) -> dict[str, Tensor]:
         batch = self.batch(epoch, step).to(self.graph.device)
         users, items = _split(self.model(batch.rows), batch)
-        bpr = ops.bpr_loss(users, items, batch.users, batch.pos, batch.neg)
-        bpr.backward()
-        return {"bpr": bpr.detach(), "l2": add_l2(self.model.table, batch, self.settings.l2)}
+        ranking = ranking_loss(users, items, batch)
+        ranking.backward()
+        return {"ranking": ranking.detach(), "l2": add_l2(self.model.table, batch, self.settings.l2)}
 
     def tables(self) -> tuple[Tensor, Tensor]:
         return self.model.tables()
 
 
 class TeacherTask:
-    """`BPR(E^T) + mu sum_m BPR(F^m) + nu BPR(p, R̂p) + L2` (spec section 3), dropout on the projected features."""
+    """`BPR(E^T) + mu sum_m BPR(F^m) + nu BPR(p, R̂p) + L2` (spec section 3), dropout on the projected features.
+
+    With shared negatives the first two are softmax losses over them (:func:`mmkd.training.ranking.ranking_loss`).
+    """
 
     name = "teacher"
 
     def __init__(self, model: Teacher, config: Config, dataset: Dataset, graph: BipartiteGraph) -> None:
         self.model, self.config, self.settings, self.graph = model, config, config.teacher, graph
         self.sampler = batches(dataset, config.teacher, 1, config.seed)
+        self.shared = SharedNegatives(dataset.train, config.teacher.shared_negatives, config.seed)
         self.batch = Ahead(self._batch, self.sampler.num_steps)
 
     def optimizer(self) -> torch.optim.Optimizer:
@@ -73,7 +80,8 @@ class TeacherTask:
         )
 
     def _batch(self, epoch: int, step: int) -> tuple[NodeBatch, Tensor | None]:
-        batch = node_batch(*to_tensors(self.sampler.batch(epoch, step)), self.graph.num_users)
+        users, candidates = to_tensors(self.sampler.batch(epoch, step))
+        batch = node_batch(users, candidates, self.graph.num_users, shared=self.shared(epoch, step, users))
         return batch, self._mask(epoch, step)
 
     def _mask(self, epoch: int, step: int) -> Tensor | None:
@@ -95,14 +103,13 @@ class TeacherTask:
         batch, mask = self.batch(epoch, step)
         batch = batch.to(self.graph.device)
         out = self.model(batch.rows, batch.num_users, None if mask is None else mask.to(self.graph.device))
-        where = (batch.users, batch.pos, batch.neg)
-        terms = {"bpr": ops.bpr_loss(*_split(out.joint, batch), *where)}
+        terms = {"ranking": ranking_loss(*_split(out.joint, batch), batch)}
         if self.settings.modality_loss:
-            heads = [ops.bpr_loss(u, i, *where) for u, i in zip(out.users, out.items, strict=True)]
+            heads = [ranking_loss(u, i, batch) for u, i in zip(out.users, out.items, strict=True)]
             terms["modalities"] = self.settings.modality_loss * torch.stack(heads).sum()
         if self.settings.prompt_loss:
             users, items = self.model.prompt_tables(batch.rows, batch.num_users)
-            terms["prompt"] = self.settings.prompt_loss * ops.bpr_loss(users, items, *where)
+            terms["prompt"] = self.settings.prompt_loss * ops.bpr_loss(users, items, batch.users, batch.pos, batch.neg)
         torch.stack(list(terms.values())).sum().backward()
         terms = {name: value.detach() for name, value in terms.items()}
         return {**terms, "l2": add_l2(self.model.table, batch, self.settings.l2)}
@@ -139,7 +146,10 @@ class StudentBatch:
 
 
 class StudentTask:
-    """`L = BPR + λ2 PairKD + λ3 ListKD + λ4 EmbKD + L2` (paper, Eq. 12) over the compact table of the batch's own rows."""
+    """`L = BPR + λ2 PairKD + λ3 ListKD + λ4 EmbKD + L2` (paper, Eq. 12) over the compact table of the batch's own rows.
+
+    With shared negatives BPR gives way to :func:`mmkd.training.ranking.ranking_loss` over them.
+    """
 
     name = "student"
 
@@ -156,6 +166,7 @@ class StudentTask:
             parameter.requires_grad_(self.learn_prompt)
         negatives = self.distill.negatives if self.distill.list else 1
         self.sampler = batches(dataset, config.student, negatives, config.seed + 1)
+        self.shared = SharedNegatives(dataset.train, config.student.shared_negatives, config.seed + 1)
         self.batch = Ahead(self._batch, self.sampler.num_steps)
 
     def optimizer(self) -> torch.optim.Optimizer:
@@ -170,7 +181,8 @@ class StudentTask:
         asked = [users, candidates[:, 0] + nodes, candidates[:, 1] + nodes]
         if extra is not None and self.distill.emb_sample is not None:
             asked.append(extra)
-        return StudentBatch(node_batch(users, candidates, nodes, extra), candidates, torch.cat(asked))
+        batch = node_batch(users, candidates, nodes, extra, shared=self.shared(epoch, step, users))
+        return StudentBatch(batch, candidates, torch.cat(asked))
 
     def _emb_nodes(self, epoch: int, step: int) -> Tensor | None:
         """Node ids EmbKD looks at: all, or a uniform sample with replacement (an unbiased estimate of the mean)."""
@@ -197,14 +209,14 @@ class StudentTask:
 
     def _ranking(self, drawn: StudentBatch, table: Tensor, heads: Tensor, state: Tensor | None) -> dict[str, Tensor]:
         d, batch = self.distill, drawn.nodes
-        where = (batch.users, batch.pos, batch.neg)
         users, items = _split(table, batch)
-        if d.pair:
-            margin = self._teacher_margin(drawn, heads)
+        terms = {}
+        if d.pair:  # BPR comes with it
+            where, margin = (batch.users, batch.pos, batch.neg), self._teacher_margin(drawn, heads)
             bpr, pair = ops.bpr_pair_kd_loss(users, items, *where, margin, tau=d.pair_tau, kind=d.pair_kind)
-            terms = {"bpr": bpr, "pair": d.pair * pair}
-        else:
-            terms = {"bpr": ops.bpr_loss(users, items, *where)}
+            terms = {"ranking": bpr, "pair": d.pair * pair}
+        if len(batch.shared) or not d.pair:
+            terms["ranking"] = ranking_loss(users, items, batch)
         if d.list:
             logits = self.teacher.logits(heads[:, : len(batch.users)], drawn.candidates, state)
             terms["list"] = d.list * ops.list_kd_loss(

@@ -23,12 +23,13 @@ from mmkd.memory import release
 from mmkd.models.baselines import COUNTED, TITLES, TRAINED, ItemKNN
 from mmkd.models.features import FeatureTable
 from mmkd.models.lightgcn import LightGCN, initial_table, matching_table
-from mmkd.models.prompt import Prompt, prompt_basis
+from mmkd.models.neighbors import NeighborGraph, neighbor_graph
+from mmkd.models.prompt import Prompt, mean_components, principal_components
 from mmkd.models.student import ENCODERS
 from mmkd.models.teacher import Teacher
 from mmkd.training.baseline_task import BaselineTask
 from mmkd.training.collapse import FrozenTeacher
-from mmkd.training.fusion import Gate
+from mmkd.training.fusion import Gate, knows_taste
 from mmkd.training.loggers import Logger, make_loggers
 from mmkd.training.run_folder import RunFolder
 from mmkd.training.stage import Stage, StageResult, seeded
@@ -222,12 +223,25 @@ class Run:
     def build_teacher(self) -> Teacher:
         """The untrained teacher with its prompt."""
         c, seed, tables = self.config, self.config.seed, self._features()
-        prompt = Prompt(prompt_basis(tables, c.dim, seed), seeded(seed, 0, 0, tag=4))
+        components = [principal_components(table, c.dim, seed) for table in tables]  # [I, d] each
+        prompt = Prompt(mean_components(components), seeded(seed, 0, 0, tag=4))
         return Teacher(
             self.graph, tables, prompt, layers=c.teacher.layers,
             feature_layers=c.teacher.feature_layers, feature_weight=c.teacher.feature_weight, strength=c.prompt.strength,
             norm=c.prompt.norm, init=c.teacher.init, generator=seeded(seed, 0, 0, tag=5), compute=self.compute,
+            neighbors=self._neighbors(components),
         ).to(self.device)  # fmt: skip
+
+    def _neighbors(self, components: list[Tensor]) -> list[NeighborGraph]:
+        """The neighbour graphs of the modalities, by their principal components; without those that know nothing."""
+        k, metric = self.config.teacher.neighbors, self.config.evaluation.metric
+        if not k:
+            return []
+        graphs = [neighbor_graph(part.to(self.device), k) for part in components]
+        if self._gated:
+            graphs = [graph for graph in graphs if knows_taste(graph, self.dataset, metric)]
+            log.info("teacher: the neighbour graphs of %d of %d modalities", len(graphs), len(components))
+        return graphs
 
     @cached_property
     def _teacher(self) -> tuple[Teacher, float]:
@@ -241,9 +255,15 @@ class Run:
         self.heads = self._head_recall(teacher)
         return teacher, preparation + result.seconds
 
+    @property
+    def _gated(self) -> bool:
+        """Whether validation says what a modality counts for."""
+        part = self.dataset.val
+        return self.config.teacher.fusion == "validation" and part is not None and part.nnz > 0
+
     def _gate(self, teacher: Teacher) -> Gate | None:
-        t, part = self.config.teacher, self.dataset.val
-        if t.fusion == "fixed" or part is None or not part.nnz:
+        t = self.config.teacher
+        if not self._gated:
             return None
         return Gate(teacher, self.dataset, self.config.evaluation.metric, t.feature_weight, t.fusion_power)
 
