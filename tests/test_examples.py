@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ SMALL = (300, 200, 3000)
 def example(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
     monkeypatch.chdir(tmp_path)  # RecBole writes logs where it stands
+    monkeypatch.setattr(sys, "argv", ["example"])  # and reads the command line, pytest's here
     level = logging.getLogger().level
     yield importlib.import_module
     logging.getLogger().setLevel(level)  # and sets the level of everybody's
