@@ -161,13 +161,19 @@ def compare(
 
 
 def forward_backward(fn: Callable[[], torch.Tensor], leaves: list[torch.Tensor]) -> Callable[[], None]:
-    """A call that computes `fn`, its gradients, and drops them (as zero_grad(set_to_none=True) does)."""
+    """A call that computes `fn`, its gradients, and drops them (as zero_grad(set_to_none=True) does).
+
+    The gradient that comes in from outside, ones, is made in the first call: it is part of no op, and 15 MB of fresh pages cost milliseconds.
+    """
+    ones: list[torch.Tensor] = []
 
     def step() -> None:
         out = fn()
         if isinstance(out, tuple):
             out = out[0] + out[1]
-        out.backward() if out.dim() == 0 else out.backward(torch.ones_like(out))
+        if out.dim() and not ones:
+            ones.append(torch.ones_like(out))
+        out.backward(*ones)
         for leaf in leaves:
             leaf.grad = None
 

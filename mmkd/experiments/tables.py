@@ -15,6 +15,7 @@ from mmkd.evaluation.evaluator import as_exclude, seen_items
 from mmkd.experiments.cells import Cell, Study
 from mmkd.experiments.writing import bars, markdown, write
 from mmkd.models.baselines import NAMES, TITLES
+from mmkd.training.compactness import STAGES, compactness
 from mmkd.training.summary import COLUMNS
 
 MMKD = TITLES["mmkd"]
@@ -26,6 +27,8 @@ ABLATION: dict[str, dict[str, Any]] = {
     "w/o EmbKD": {"distill.emb": 0.0},
     "w/o any distillation": {"distill.pair": 0.0, "distill.list": 0.0, "distill.emb": 0.0},
     "random start": {"student.init": "xavier"},
+    "w/o neighbour graphs": {"teacher.neighbors": 0},
+    "with shared negatives": {"teacher.shared_negatives": 256, "teacher.l2": 3e-2},
     "uniform modalities": {"distill.modality_weights": "uniform"},
     "GCN student": {"student.encoder": "gcn"},
     "MLP student": {"student.encoder": "mlp"},
@@ -135,8 +138,14 @@ def _recommend_seconds(study: Study, cell: Cell) -> float:
     return min(times)
 
 
+def _peak_memory(study: Study) -> dict[str, float]:
+    """Peak MB of teacher and student above interpreter and libraries, each in a process of its own; empty off Linux."""
+    measured = compactness(study.settings({}, 0), steps=4)
+    return {stage: measured[stage]["memory"]["run"] / 1e6 for stage in STAGES if measured[stage]["memory"]}
+
+
 def table6(study: Study) -> Path:
-    """Compactness and time: parameters with and without the frozen features a model has to carry."""
+    """Compactness and time: parameters with and without the frozen features a model has to carry, and peak memory."""
     data = study.dataset(0)
     frozen = sum(int(np.prod(x.shape)) for x in data.features.values())
     full = study.cell()
@@ -144,23 +153,32 @@ def table6(study: Study) -> Path:
     plan += [(TITLES[n], study.cell({"model": n}), n, True) for n in ("lattice", "bm3")]
     plan += [(MMKD, full, "student", False)]
     most = full.parameters["teacher"] + frozen
-    records = []
+    memory, records = _peak_memory(study), []
     for label, cell, stage, carries in plan:
         carried = cell.parameters[label] + (frozen if carries else 0)
         records.append({
             "model": label, "parameters": cell.parameters[label], "with features": carried, "ratio": carried / most,
-            "seconds per epoch": _epoch_seconds(cell, stage),
+            "seconds per epoch": _epoch_seconds(cell, stage), "peak memory, MB": memory.get(stage, float("nan")),
             "recommend all users, s": float("nan") if label == "teacher" else _recommend_seconds(study, cell),
         })  # fmt: skip
     cells = [
         [r["model"], f"{r['parameters']:,}", f"{r['with features']:,}", f"{100 * r['ratio']:.2f} %",
-         f"{r['seconds per epoch']:.2f}", f"{r['recommend all users, s']:.3f}"] for r in records
+         f"{r['seconds per epoch']:.2f}", f"{r['peak memory, MB']:,.0f}", f"{r['recommend all users, s']:.3f}"] for r in records
     ]  # fmt: skip
     body = (
         f"{study.name}: {data.num_users:,} users, {data.num_items:,} items, {frozen:,} frozen feature numbers. "
-        "Seconds are wall clock on this machine, with whatever else ran on it; `mmkd bench` measures in isolation.\n\n"
+        "Seconds are wall clock on this machine, with whatever else ran on it; `mmkd bench` measures in isolation. Memory is the stage's peak above interpreter and libraries, of teacher and student.\n\n"
         + markdown(
-            ["model", "parameters", "with features", "ratio", "seconds per epoch", "recommend all users, s"], cells
+            [
+                "model",
+                "parameters",
+                "with features",
+                "ratio",
+                "seconds per epoch",
+                "peak memory, MB",
+                "recommend all users, s",
+            ],
+            cells,
         )
     )
     chart = bars([r["model"] for r in records], [r["with features"] for r in records], [0.0] * 4, "numbers carried")
