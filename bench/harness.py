@@ -163,7 +163,7 @@ def compare(
 def forward_backward(fn: Callable[[], torch.Tensor], leaves: list[torch.Tensor]) -> Callable[[], None]:
     """A call that computes `fn`, its gradients, and drops them (as zero_grad(set_to_none=True) does).
 
-    The gradient that comes in from outside, ones, is made in the first call: it is part of no op, and 15 MB of fresh pages cost milliseconds.
+    The gradient that comes in from outside, ones, is made in the first call: fresh pages for it are part of no op.
     """
     ones: list[torch.Tensor] = []
 
