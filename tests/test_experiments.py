@@ -34,7 +34,9 @@ def test_table5_and_figure5_share_cells_and_are_read_back(study, monkeypatch):
         assert word in text
     rows = list(csv.DictReader((study.out / "table5.csv").read_text().splitlines()))
     assert {r["method"] for r in rows} >= {"MMKD", "teacher", "w/o Prompt"} and float(rows[0]["recall@20"]) > 0
-    assert len(list((study.out / "teachers").iterdir())) == 2, "one teacher with the prompt, one without"
+    assert len(list((study.out / "teachers").iterdir())) == 4, (
+        "a teacher each: whole, without prompt, without graphs, with shared negatives"
+    )
 
     def refuse(*_, **__):
         raise AssertionError("a finished cell was trained again")
@@ -43,6 +45,13 @@ def test_table5_and_figure5_share_cells_and_are_read_back(study, monkeypatch):
     assert table5(study).read_text().split("## ")[0] == text.split("## ")[0]
     assert "student" in figure5(study).read_text() and (study.out / "figure5.png").stat().st_size > 5000
     assert "item_emb0" in table8(study).read_text()
+
+
+def test_table6_measures_memory(study):
+    from mmkd.experiments import table6
+
+    rows = {r["model"]: r for r in csv.DictReader((table6(study).parent / "table6.csv").read_text().splitlines())}
+    assert float(rows["MMKD student"]["peak memory, MB"]) > 0 and rows["LATTICE"]["peak memory, MB"] == "nan"
 
 
 def test_figure3_and_table7_run(study):
@@ -79,7 +88,7 @@ def test_the_search_decides_on_validation_and_later_cells_use_it(study, monkeypa
     from mmkd.experiments import search as module
 
     tried = []
-    fake = {(1e-3, 1e-3): 0.2, (3e-3, 1e-1): 0.3}
+    fake = {(1e-3, 1e-4): 0.2, (3e-3, 1e-1): 0.3}
 
     def cell(self, changes, seed=0):
         assert self.dataset(0).test is None, "the search could see the test part"
