@@ -16,7 +16,11 @@ from mmkd.training.run_folder import versions
 PAPER = (
     ("dim", "64 (32 in Table 8)"),
     ("teacher.lr", "searched in 3.5e-4 .. 9.8e-3"),
+    ("teacher.neighbors", "no item-item graphs (0)"),
+    ("teacher.shared_negatives", "BPR with one negative (0)"),
+    ("teacher.fusion", "one weight for all modalities (fixed)"),
     ("student.lr", "searched in 2.5e-4 .. 8.5e-4"),
+    ("student.init", "xavier"),
     ("student.l2", "one of 2.5e-3, 7.4e-3, 2.1e-2"),
     ("distill.pair_kind", "Eq. 5 as printed takes the log of a negative number"),
     ("distill.list_weight", "coupled (Eq. 10, its first sign corrected)"),
