@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 
 import numpy as np
 import pytest
@@ -88,23 +89,34 @@ def test_the_search_decides_on_validation_and_later_cells_use_it(study, monkeypa
     from mmkd.experiments import search as module
 
     tried = []
-    fake = {(1e-3, 1e-4): 0.2, (3e-3, 1e-1): 0.3}
+    fake = {"l2": {1e-4: 0.1, 1e-3: 0.15, 1e-2: 0.2, 1e-1: 0.12}, "lr": {1e-3: 0.0, 3e-3: 0.05}}
 
     def cell(self, changes, seed=0):
         assert self.dataset(0).test is None, "the search could see the test part"
         tried.append(changes)
-        numbers = tuple(v for k, v in changes.items() if k != "model")
-        results = {title: {"recall@20": fake[numbers]} for title in module.TITLES.values()}
+        settings = {k.rsplit(".", 1)[-1]: v for k, v in changes.items()}
+        value = fake["l2"].get(settings["l2"], 0.0) + fake["lr"].get(settings["lr"], 0.0)
+        results = {title: {"recall@20": value} for title in module.TITLES.values()}
         return cells_module.Cell(study.out, "val", results, {}, {})
 
     alone = Study(study.out / "alone", study.config, seeds=1)
-    alone.quick = True
     with monkeypatch.context() as patch:
         patch.setattr(Study, "cell", cell)
-        assert "**0.3000**" in module.tune(alone).read_text()
-    assert len(tried) == 2 * len(module.SECTION)
+        module.tune(alone, ["bm3"])
+        assert len(tried) == module.TRIALS and "bm3" in (alone.out / "tuned.json").read_text()
+        tried.clear()
+        assert "lr 0.003, l2 0.01 | **0.2500**" in module.tune(alone, ["ngcf", "mmkd"]).read_text()
+        assert len(tried) == 2 * module.TRIALS, "the same budget for both"
+        with pytest.raises(ValueError, match="models: expected some of"):
+            module.tune(alone, ["ngfc"])
+    # every trial after the four of L2 changes the best so far
+    assert [c["models.ngcf.l2"] for c in tried[:4]] == [1e-4, 1e-3, 1e-2, 1e-1]
+    assert tried[4] == {"model": "ngcf", "models.ngcf.lr": 3e-3, "models.ngcf.l2": 1e-2}
+    assert tried[5] == tried[4] | {"models.ngcf.draw": "pairs"} and tried[6] == tried[4] | {"models.ngcf.layers": 2}
+    assert set(module.OWN) == set(module.SECTION), "a model without trials of its own"
     tuned = alone.settings({"model": "ngcf"}, 0)
-    assert (tuned.models["ngcf"]["lr"], tuned.models["ngcf"]["l2"]) == (3e-3, 1e-1)
+    assert (tuned.models["ngcf"]["lr"], tuned.models["ngcf"]["l2"]) == (3e-3, 1e-2)
+    assert "bm3" in json.loads((alone.out / "tuned.json").read_text()), "a later search kept the earlier winners"
     assert alone.settings({}, 0).teacher.lr == 3e-3 and alone.settings({"teacher.lr": 0.5}, 0).teacher.lr == 0.5
 
 

@@ -20,6 +20,7 @@ def reproduce(
     ] = False,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings every cell starts from.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="One setting, e.g. --set teacher.lr=1e-3.")] = None,
+    models: Annotated[str, typer.Option(help="Of search: some models only, separated by commas.")] = "",
     out: Annotated[Path | None, typer.Option(help="Folder. Default: results/<data>[-quick].")] = None,
 ) -> None:
     """Rerun a table or figure of the paper: markdown, CSV and a figure, from one training run a cell.
@@ -41,6 +42,9 @@ def reproduce(
             settings.data.path = "synthetic"
         place = out or Path("results") / (Path(settings.data.path).name + ("-quick" if quick else ""))
         study = Study(place, settings, seeds, quick)
+        some = [part.strip() for part in models.split(",") if part.strip()]
+        if some and what != "search":
+            raise ValueError(f"--models: expected only with search, got {what}; other tables compare all models")
         for name in names:
-            path = EXPERIMENTS[name](study)
+            path = EXPERIMENTS[name](study, some) if some else EXPERIMENTS[name](study)
             typer.echo(path.read_text(encoding="utf-8").split("\n## ")[0].strip() + f"\n\n-> {path}\n")

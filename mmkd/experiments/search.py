@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,46 +13,103 @@ from mmkd.experiments.writing import bars, markdown, write
 from mmkd.files import write_json
 from mmkd.models.baselines import TITLES, TRAINED
 
-# 8 trials a model. On sparse data L2 is what decides (BPR-MF on tiktok: recall@20 .033 at 1e-3, .099 at 0.1), and LightGCN
-# wants 1e-4 on citeulike-t.
-GRID = {"lr": (1e-3, 3e-3), "l2": (1e-4, 1e-3, 1e-2, 1e-1)}
+# On sparse data L2 is what decides (BPR-MF on tiktok: recall@20 .033 at 1e-3, .099 at 0.1), and LightGCN wants 1e-4 on
+# citeulike-t; so it comes first, then the rate, then two settings of the model's own.
+L2, RATES = (1e-4, 1e-3, 1e-2, 1e-1), (1e-3, 3e-3)
+SHARED = ({"shared_negatives": 256, "l2": 1e-2}, {"shared_negatives": 256, "l2": 3e-2})
+OWN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "lightgcn": SHARED,
+    "mmkd": SHARED,
+    "bpr-mf": ({"draw": "pairs"}, {"lr": 1e-2}),
+    "ngcf": ({"draw": "pairs"}, {"layers": 2}),
+    "vbpr": ({"draw": "pairs"}, {"lr": 3e-4}),
+    "mmgcn": ({"draw": "users"}, {"layers": 1}),
+    "grcn": ({"draw": "pairs"}, {"layers": 3}),
+    "lattice": ({"draw": "pairs"}, {"layers": 2}),
+    "clcrec": ({"draw": "pairs"}, {"replaced": 0.2}),
+    "slmrec": ({"ssl_weight": 0.1}, {"temperature": 0.1}),
+    "bm3": ({"layers": 1}, {"dropout": 0.5}),
+}
+TRIALS = len(L2) + len(RATES) - 1 + 2
 SECTION = {"lightgcn": "lightgcn", "mmkd": "teacher"} | {name: f"models.{name}" for name in TRAINED}
 
 
-def trials(name: str, quick: bool = False) -> list[dict[str, Any]]:
-    """The settings tried for a model, by dotted path."""
-    section = SECTION[name]
-    found = [
-        {f"{section}.{key}": value for key, value in zip(GRID, values, strict=True)}
-        for values in product(*GRID.values())
-    ]
-    return [found[0], found[-1]] if quick else found
+class Search:
+    """One model's trials, each a change to the best so far: four weights of L2, a higher rate, two of its own.
 
+    Args:
+        study: its cells must not see the test part.
+        name: a key of `SECTION`.
+        metric: of the validation part, larger is better; of equal ones the earlier stays.
 
-def tune(study: Study) -> Path:
-    """Tries the grid on one seed, with the test part taken away, and keeps the best of each model in `tuned.json`.
-
-    Later cells of the same study start from what was chosen.
+    Attributes:
+        tried: `(settings, value of the metric)` in order. best: the settings that won, by field name.
     """
+
+    def __init__(self, study: Study, name: str, metric: str) -> None:
+        self.study, self.name, self.metric = study, name, metric
+        self.tried: list[tuple[dict[str, Any], float]] = []
+
+    @property
+    def best(self) -> dict[str, Any]:
+        return max(self.tried, key=lambda pair: pair[1])[0]
+
+    def run(self, quick: bool = False) -> dict[str, Any]:
+        """All trials (the first two if `quick`); returns the winner's settings by dotted path."""
+        for weight in L2[:2] if quick else L2:
+            self._try({"lr": RATES[0], "l2": weight})
+        for changes in () if quick else (*({"lr": rate} for rate in RATES[1:]), *OWN[self.name]):
+            self._try(self.best | changes)
+        return self._paths(self.best)
+
+    def _paths(self, settings: dict[str, Any]) -> dict[str, Any]:
+        return {f"{SECTION[self.name]}.{key}": value for key, value in settings.items()}
+
+    def _try(self, settings: dict[str, Any]) -> None:
+        cell = self.study.cell({"model": self.name, **self._paths(settings)})
+        self.tried.append((settings, cell.results[TITLES[self.name]][self.metric]))
+
+
+def tune(study: Study, models: Sequence[str] = ()) -> Path:
+    """Tries every model, or those named, on one seed with the test part taken away; the winners go into `tuned.json`.
+
+    Later cells of the same study start from what was chosen. Models may be searched one by one, in several processes too.
+    """
+    unknown = sorted(set(models) - set(SECTION))
+    if unknown:
+        raise ValueError(f"models: expected some of {', '.join(SECTION)}, got {', '.join(unknown)}")
     bare = Study(study.out / "search", study.config, seeds=1)
     bare.datasets[0] = replace(study.dataset(0), test=None)
-    metric, tuned, records = study.config.evaluation.metric, {}, []
-    for name in SECTION:
-        scores = []
-        for changes in trials(name, study.quick):
-            cell = bare.cell({"model": name, **changes})
-            scores.append((cell.results[TITLES[name]][metric], changes))
-            short = {path.rsplit(".", 1)[-1]: value for path, value in changes.items()}
-            records.append({"model": TITLES[name], **short, metric: scores[-1][0]})
-        tuned[name] = max(scores, key=lambda pair: pair[0])[1]
-    study.out.mkdir(parents=True, exist_ok=True)
-    write_json(study.out / "tuned.json", tuned)
-    best = {TITLES[n]: max(r[metric] for r in records if r["model"] == TITLES[n]) for n in SECTION}
-    rows = [
-        [r["model"], r["lr"], r["l2"], f"**{r[metric]:.4f}**" if r[metric] == best[r["model"]] else f"{r[metric]:.4f}"]
-        for r in records
+    metric, searches = study.config.evaluation.metric, []
+    for name in models or SECTION:
+        searches.append(Search(bare, name, metric))
+        _keep(study.out / "tuned.json", name, searches[-1].run(study.quick))
+    body = f"{study.name}, validation {metric}, one seed, the test part not loaded. "
+    body += f"{len(searches[0].tried)} trials a model, each a change to the best before it.\n\n"
+    body += markdown(["model", "settings", metric], [row for search in searches for row in _rows(search)])
+    records = [
+        {"model": TITLES[s.name], "settings": _text(changes), metric: v} for s in searches for changes, v in s.tried
     ]
-    body = f"{study.name}, validation {metric}, one seed, the test part not loaded.\n\n"
-    body += markdown(["model", "lr", "l2", metric], rows)
+    best = {TITLES[s.name]: max(value for _, value in s.tried) for s in searches}
     chart = bars(list(best), list(best.values()), [0.0] * len(best), f"validation {metric}")
     return write(study, "search", "Search: the same budget for every model", body, records, chart)
+
+
+def _keep(file: Path, name: str, settings: dict[str, Any]) -> None:
+    """Adds one model's winner to the file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    tuned = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    write_json(file, tuned | {name: settings})
+
+
+def _text(settings: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in settings.items()
+    )
+
+
+def _rows(search: Search) -> list[list[str]]:
+    return [
+        [TITLES[search.name], _text(settings), f"**{value:.4f}**" if settings is search.best else f"{value:.4f}"]
+        for settings, value in search.tried
+    ]

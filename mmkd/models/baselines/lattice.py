@@ -9,8 +9,6 @@ from torch import Tensor, nn
 from mmkd import ops
 from mmkd.models.baselines.base import Baseline, BaselineConfig
 
-SCORES_PER_BLOCK = 1 << 23
-
 
 class LATTICEConfig(BaselineConfig):
     """Settings of LATTICE."""
@@ -45,9 +43,7 @@ class LATTICE(Baseline):
     def _similar(self, unit: Tensor) -> tuple[Tensor, Tensor]:
         """Ids `[I, k]` of the items most similar by cosine (an item is its own neighbour) and normalised weights."""
         with torch.no_grad():
-            k = min(self.settings.neighbors, unit.shape[0])
-            rows = max(1, SCORES_PER_BLOCK // unit.shape[0])
-            ids = torch.cat([(block @ unit.T).topk(k, dim=1).indices for block in unit.split(rows)])
+            ids = ops.topk(unit, unit, min(self.settings.neighbors, unit.shape[0]))[1]
             return ids, self._weights(unit, ids)
 
     def _weights(self, unit: Tensor, ids: Tensor) -> Tensor:
