@@ -3,7 +3,7 @@
 from mmkd.ops.bpr_kd import bpr_kd_from_scores, bpr_loss, bpr_pair_kd_loss, pair_kd_loss
 from mmkd.ops.emb_kd import emb_kd_loss
 from mmkd.ops.list_kd import list_kd_from_scores, list_kd_loss, list_scores
-from mmkd.ops.spmm import propagate, spmm
+from mmkd.ops.spmm import propagate, sddmm, spmm
 from mmkd.ops.topk import topk
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "list_scores",
     "pair_kd_loss",
     "propagate",
+    "sddmm",
     "spmm",
     "topk",
 ]

@@ -1,4 +1,4 @@
-"""Sparse-dense products and LightGCN propagation."""
+"""Sparse-dense products, products sampled at sparse entries, and LightGCN propagation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mmkd.ops._checks import (
     dense,
     vector,
 )
-from mmkd.ops._registry import call, differentiable, on_register, refuse_second_derivative
+from mmkd.ops._registry import call, differentiable, on_register
 
 
 def spmm(
@@ -69,6 +69,56 @@ def spmm(
         return reference.spmm(rowptr, col, x, value, *scales)
     t_rowptr, t_col = transpose if transpose is not None and value is None else (None, None)
     return call(which, "spmm", dense(rowptr), dense(col), dense(x), value, *scales, t_rowptr, t_col, *plans)
+
+
+def sddmm(
+    rowptr: Tensor,
+    col: Tensor,
+    a: Tensor,
+    b: Tensor,
+    row_scale: Tensor | None = None,
+    col_scale: Tensor | None = None,
+    *,
+    impl: str = "auto",
+) -> Tensor:
+    """Inner products at the stored entries of a sparse matrix, `[nnz]`, differentiable in `a` and `b`, twice too.
+
+        out[j] = row_scale[r] * col_scale[col[j]] * <a[r], b[col[j]]>    for entry j of row r
+
+    With `spmm(..., value=...)` this is attention over a graph's edges; the `n x m` product is never formed.
+
+    Args:
+        rowptr, col, row_scale, col_scale: as in `spmm`.
+        a: `[n, d]`. b: `[m, d]`, of the same dtype; float32, float64, bfloat16 or float16.
+        impl: `auto`, `reference`, `cpp`, `cuda` or `triton`.
+
+    Returns:
+        `[nnz]`, float32, or float64 for float64.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape, dtype or device (named). RuntimeError: `rowptr` is not
+            monotone or `col` is out of range.
+    """
+    check_index(rowptr, "rowptr", (torch.int64,))
+    check_index(col, "col", (torch.int32, torch.int64))
+    check_floating(a, "a")
+    check_rank(a, "a", 2)
+    check_rank(b, "b", 2)
+    if b.dtype != a.dtype or b.shape[1] != a.shape[1]:
+        raise ValueError(f"b: expected {a.dtype} with {a.shape[1]} columns like a, got {b.dtype} {tuple(b.shape)}")
+    if a.shape[0] != rowptr.numel() - 1:
+        raise ValueError(f"a: expected {rowptr.numel() - 1} rows, one per row of rowptr, got shape {tuple(a.shape)}")
+    acc = accumulate_type(a.dtype)
+    scales = []
+    for name, t, size in (("row_scale", row_scale, a.shape[0]), ("col_scale", col_scale, b.shape[0])):
+        check_no_grad(t, name)
+        scales.append(vector(t, name, size, acc))
+    named = zip(("rowptr", "col", "b", "row_scale", "col_scale"), (rowptr, col, b, *scales), strict=True)
+    check_same_device(("a", a), *named)
+    which = backends.resolve("spmm", a, impl)
+    if which == "reference":
+        return reference.sddmm(rowptr, col, a, b, *scales)
+    return call(which, "sddmm", dense(rowptr), dense(col), dense(a), dense(b), *scales)
 
 
 def propagate(
@@ -159,6 +209,20 @@ def _spmm_backward(ops):
     return backward
 
 
+def _sddmm_backward(ops):
+    def backward(ctx, grad):
+        rowptr, col, a, b, row_scale, col_scale = ctx.saved_tensors
+        grad, grad_a, grad_b, rest = grad.contiguous(), None, None, (None, None, None, None)
+        if ctx.needs_input_grad[2]:
+            grad_a = ops.spmm(rowptr, col, b, grad, row_scale, col_scale, *rest)
+        if ctx.needs_input_grad[3]:
+            t_rowptr, t_col, perm = ops.csr_transpose(rowptr, col, b.shape[0])
+            grad_b = ops.spmm(t_rowptr, t_col, a, grad[perm], col_scale, row_scale, *rest)
+        return None, None, grad_a, grad_b, None, None
+
+    return backward
+
+
 def _propagate_setup(ctx, inputs, output) -> None:
     rowptr, col, scale, _, ctx.num_layers, rows, plan = inputs
     ctx.save_for_backward(rowptr, col, scale, rows, plan)
@@ -207,5 +271,5 @@ def _register(ns: str, ops) -> None:
     )
     differentiable(ns, "spmm", _spmm_backward, _spmm_setup)
     differentiable(ns, "propagate", _propagate_backward, _propagate_setup)
-    refuse_second_derivative(f"{ns}::sddmm")
+    differentiable(ns, "sddmm", _sddmm_backward, _spmm_setup)
     differentiable(ns, "propagate_backward", _propagate_twice, _propagate_setup)

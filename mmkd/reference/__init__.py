@@ -3,7 +3,7 @@
 from mmkd.reference.bpr_kd import bpr, margins, pair_kd
 from mmkd.reference.emb_kd import emb_kd
 from mmkd.reference.list_kd import list_kd, list_scores
-from mmkd.reference.spmm import propagate, spmm
+from mmkd.reference.spmm import propagate, sddmm, spmm
 from mmkd.reference.topk import topk
 
-__all__ = ["bpr", "emb_kd", "list_kd", "list_scores", "margins", "pair_kd", "propagate", "spmm", "topk"]
+__all__ = ["bpr", "emb_kd", "list_kd", "list_scores", "margins", "pair_kd", "propagate", "sddmm", "spmm", "topk"]

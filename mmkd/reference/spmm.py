@@ -30,6 +30,24 @@ def spmm(
     return out.to(x.dtype)
 
 
+def sddmm(
+    rowptr: Tensor,
+    col: Tensor,
+    a: Tensor,
+    b: Tensor,
+    row_scale: Tensor | None = None,
+    col_scale: Tensor | None = None,
+) -> Tensor:
+    """`out[j] = row_scale[r] * col_scale[col[j]] * <a[r], b[col[j]]>` for every entry `j` of row `r`."""
+    acc = torch.float64 if a.dtype == torch.float64 else torch.float32
+    rows = torch.repeat_interleave(torch.arange(rowptr.numel() - 1, device=a.device), rowptr.diff())
+    col = col.long()
+    out = (a.to(acc)[rows] * b.to(acc)[col]).sum(1)
+    if col_scale is not None:
+        out = out * col_scale.to(acc)[col]
+    return out if row_scale is None else out * row_scale.to(acc)[rows]
+
+
 def propagate(
     rowptr: Tensor, col: Tensor, scale: Tensor, x: Tensor, num_layers: int, rows: Tensor | None = None
 ) -> Tensor:

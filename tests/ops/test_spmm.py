@@ -59,6 +59,32 @@ def test_spmm_grid(d, dtype, index, cpu_isa, poison_empty):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("d", DIMS)
+@pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
+def test_sddmm_grid(d, dtype, index, cpu_isa, poison_empty):
+    rowptr, col, _ = random_csr(23, 31, index=index)
+    torch.manual_seed(d)
+    a, b = torch.randn(23, d).to(dtype), torch.randn(31, d).to(dtype)
+    scales = torch.rand(23) + 0.5, torch.rand(31) + 0.5
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    rows = torch.repeat_interleave(torch.arange(23), rowptr.diff())
+    weight = torch.randn(col.numel()).to(acc)
+    for r, c in (scales, (None, None)):
+        wide, own, plain = ([t.clone().requires_grad_() for t in (u, v)] for u, v in
+                            ((a.double(), b.double()), (a, b), (a, b)))  # fmt: skip
+        truth = (wide[0] @ wide[1].T)[rows, col.long()]
+        if r is not None:
+            truth = truth * r.double()[rows] * c.double()[col.long()]
+        ours, eager = ops.sddmm(rowptr, col, *own, r, c), reference.sddmm(rowptr, col, *plain, r, c)
+        assert ours.dtype == acc
+        within_budget(ours, eager, truth, dtype)
+        for out in (truth, ours, eager):
+            out.backward(weight.to(out.dtype))
+        for x, y, z in zip(own, plain, wide, strict=True):
+            within_budget(x.grad, y.grad, z.grad, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d", DIMS)
 @pytest.mark.parametrize("num_layers", [0, 1, 2, 3])
 def test_propagate_grid(d, dtype, num_layers, cpu_isa, poison_empty):
     g = make_graph()
@@ -165,6 +191,9 @@ def test_gradcheck_of_each_argument():
     assert check(lambda x, v: ops.spmm(rowptr, col, x, v, row, column), (x, value))
     assert check(lambda x: ops.spmm(rowptr, col, x, None, row, column), (x,))
     assert check(lambda v: ops.spmm(rowptr, col, x.detach(), v), (value,))
+    a = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    assert check(lambda a, b: ops.sddmm(rowptr, col, a, b, row, column), (a, x))
+    assert check(lambda b: ops.sddmm(rowptr, col, a.detach(), b), (x,))
     g = make_graph(5, 4, 12)
     x = torch.randn(g.num_nodes, 3, dtype=torch.float64, requires_grad=True)
     rows = torch.tensor([2, 2, 7, 0])
@@ -181,10 +210,27 @@ def test_second_derivatives():
         assert torch.autograd.gradgradcheck(lambda x, r=r: ops.propagate(g, x, 2, r).square(), (x,))
     rowptr, col, value = random_csr(6, 5, 0.5)
     assert torch.autograd.gradgradcheck(lambda x: ops.spmm(rowptr, col, x, value.double()).square(), (x[:5],))
-    value = value.double().requires_grad_()
-    (grad,) = torch.autograd.grad(ops.spmm(rowptr, col, x[:5], value).square().sum(), value, create_graph=True)
-    with pytest.raises(RuntimeError, match="sddmm: second derivatives are not supported"):
-        grad.sum().backward()
+    value, twice = value.double().requires_grad_(), torch.autograd.gradgradcheck
+    assert twice(lambda x, v: ops.spmm(rowptr, col, x, v).square(), (x[:5], value))
+    a, scales = (
+        torch.randn(6, 3, dtype=torch.float64, requires_grad=True),
+        (torch.rand(6).double(), torch.rand(5).double()),
+    )
+    assert twice(lambda a, b: ops.sddmm(rowptr, col, a, b, *scales).exp(), (a, x[:5]))
+
+
+def test_attention_over_edges_compiles_without_a_graph_break():
+    g = make_graph()
+
+    def attend(x):
+        weight = ops.sddmm(g.rowptr, g.col, x, x).exp()
+        return ops.spmm(g.rowptr, g.col, x, weight).square().sum()
+
+    x = torch.randn(g.num_nodes, 8, requires_grad=True)
+    y = x.detach().clone().requires_grad_()
+    torch.compile(attend, fullgraph=True, backend="aot_eager")(x).backward()
+    attend(y).backward()
+    torch.testing.assert_close(x.grad, y.grad)
 
 
 def test_halves_of_the_normalised_adjacency_are_each_others_transpose():
@@ -222,6 +268,8 @@ def test_opcheck():
     v, scale = value.float().requires_grad_(), torch.rand(6)
     torch.library.opcheck(torch.ops.mmkd.spmm.default, (rowptr, col, x, v, scale, None, None, None))
     torch.library.opcheck(torch.ops.mmkd.csr_transpose.default, (rowptr, col, 5))
+    a = torch.randn(6, 3, requires_grad=True)
+    torch.library.opcheck(torch.ops.mmkd.sddmm.default, (rowptr, col, a, x, scale, None))
     g = make_graph(5, 4, 12)
     x = torch.randn(g.num_nodes, 3, requires_grad=True)
     for rows in (None, torch.tensor([1, 2])):
@@ -304,6 +352,10 @@ def test_errors_name_the_argument():
         (TypeError, "rowptr: expected", lambda: ops.spmm(rowptr.int(), col, x)),
         (TypeError, "col: expected", lambda: ops.spmm(rowptr, col.float(), x)),
         (ValueError, "row_scale: expected shape", lambda: ops.spmm(rowptr, col, x, row_scale=torch.ones(3))),
+        (ValueError, "a: expected 49 rows", lambda: ops.sddmm(rowptr, col, x[:5], x)),
+        (ValueError, "b: expected torch.float32 with 4 columns", lambda: ops.sddmm(rowptr, col, x, x[:, :2])),
+        (ValueError, "b: expected torch.float32 with 4 columns", lambda: ops.sddmm(rowptr, col, x, x.double())),
+        (RuntimeError, "col", lambda: ops.sddmm(rowptr, col, x, x[:30])),
         (ValueError, "value: expected shape", lambda: ops.spmm(rowptr, col, x, torch.ones(3))),
         (ValueError, "col_scale: is a constant", lambda: ops.spmm(rowptr, col, x, col_scale=torch.ones(49, requires_grad=True))),
     ]  # fmt: skip

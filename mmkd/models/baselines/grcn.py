@@ -38,18 +38,16 @@ class GRCN(Baseline):
             nn.Parameter(initial_table(graph.num_users, dim, "xavier", generator)) for _ in self.features
         )
         self.confidence = nn.Parameter(torch.ones(graph.num_nodes, len(self.features)))
-        source = torch.repeat_interleave(torch.arange(graph.num_nodes, device=graph.device), graph.degree)
-        self.register_buffer("source", source, persistent=False)  # [2E], the row of every stored edge
+        self.register_buffer("ones", torch.ones(graph.num_nodes, 1, device=graph.device), persistent=False)
 
-    def _affinity(self, nodes: Tensor) -> Tensor:
-        """`x_v . x_j` of every stored edge, softmax over the neighbours of v: `[2E]`."""
-        target = self.graph.col.long()
-        score = (nodes.index_select(0, self.source) * nodes.index_select(0, target)).sum(1)
-        peak = score.new_full((nodes.shape[0],), -torch.inf)
-        peak = peak.scatter_reduce(0, self.source, score.detach(), "amax")
-        weight = (score - peak[self.source]).exp()
-        total = weight.new_zeros(nodes.shape[0]).index_add(0, self.source, weight)
-        return weight / total[self.source]
+    def _affinity(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
+        """`exp(x_v . x_j)` of every stored edge, `[2E]`, and their sum over the neighbours of v, `[N, 1]`.
+
+        Their ratio is the softmax over the neighbours; rows of `nodes` have length 1, so nothing overflows.
+        """
+        g = self.graph
+        weight = ops.sddmm(g.rowptr, g.col, nodes, nodes).exp()
+        return weight, ops.spmm(g.rowptr, g.col, self.ones, weight).clamp(min=1e-30)  # a node without neighbours: 0
 
     def _refine(self) -> tuple[Tensor, list[Tensor]]:
         """Edge weights `[2E]` of the refined graph, and every modality's `[p_u; v_i]`, `[N, d]`."""
@@ -59,11 +57,14 @@ class GRCN(Baseline):
             users = nn.functional.normalize(self.prototype[index], dim=1)
             for _ in range(self.settings.routings):
                 nodes = torch.cat([users, items])
-                gathered = ops.spmm(g.rowptr, g.col, nodes, self._affinity(nodes))
+                weight, total = self._affinity(nodes)
+                gathered = ops.spmm(g.rowptr, g.col, nodes, weight) / total
                 users = nn.functional.normalize(users + gathered[: g.num_users], dim=1)
             nodes = torch.cat([users, items])
             contents.append(nodes)
-            weights.append(self._affinity(nodes) * self.confidence[self.source, index])
+            weight, total = self._affinity(nodes)
+            confidence = self.confidence[:, index : index + 1] / total  # [N, 1], at the row of every edge:
+            weights.append(weight * ops.sddmm(g.rowptr, g.col, confidence, self.ones))
         return torch.stack(weights).max(0).values.relu(), contents
 
     def user_tables(self):
