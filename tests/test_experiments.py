@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+import mmkd
 from mmkd.cli import app
 from mmkd.config import load_config
 from mmkd.experiments import cells as cells_module
@@ -60,7 +61,16 @@ def test_figure3_and_table7_run(study):
 
     pytest.importorskip("sklearn")
     assert "f^m without prompt" in figure3(study).read_text() and (study.out / "figure3.png").stat().st_size > 5000
-    assert "LATTICE" in table7(study).read_text()
+    text = table7(study).read_text()
+    assert "LATTICE" in text and "`mmkd update`" in text
+    (folder,) = (study.out / "before" / "cells").glob("mmkd-*-updated")
+    data, old = study.dataset(0), before(study.dataset(0), 0)
+    grown, later = mmkd.load(folder / "run").seen, (folder / "later.csv").read_text().splitlines()
+    assert (grown != (data.train > 0)).nnz == 0, "the update saw all train pairs and nothing else"
+    assert len(later) == 1 + data.train.nnz - old.train.nnz
+    again = table7(study).read_text()
+    rows = [[line for line in t.splitlines() if line.startswith("| MMKD")] for t in (text, again)]
+    assert rows[0] == rows[1], "a finished update was not read back"
 
 
 def test_an_interrupted_cell_goes_on(study, monkeypatch):

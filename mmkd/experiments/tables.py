@@ -194,8 +194,9 @@ def table7(study: Study) -> Path:
         [r["model"], f"{r['before']:.4f}", f"{r['recall@20']:.4f}", f"{r['ndcg@20']:.4f}", f"{1000 * r['seconds']:.0f}"]
         for r in records
     ]
-    body = f"{study.name}: trained without a tenth of the train interactions, then one epoch with them.\n\n" + markdown(
-        ["model", "recall@20 before", "recall@20", "ndcg@20", "ms"], cells
+    body = (
+        f"{study.name}: trained without a tenth of the train interactions, then one epoch with them. MMKD's row is `mmkd update`, whose epoch is over the new pairs; the others' is over all of them. Before: on the old graph.\n\n"
+        + markdown(["model", "recall@20 before", "recall@20", "ndcg@20", "ms"], cells)
     )
     chart = bars([r["model"] for r in records], [r["recall@20"] for r in records], [0.0] * len(records), "recall@20")
     return write(study, "table7", "Table 7: adapting to new interactions", body, records, chart)
