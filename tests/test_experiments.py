@@ -99,7 +99,7 @@ def test_the_search_decides_on_validation_and_later_cells_use_it(study, monkeypa
     from mmkd.experiments import search as module
 
     tried = []
-    fake = {"l2": {1e-4: 0.1, 1e-3: 0.15, 1e-2: 0.2, 1e-1: 0.12}, "lr": {1e-3: 0.0, 3e-3: 0.05}}
+    fake = {"l2": {1e-3: 0.15, 1e-2: 0.2, 1e-1: 0.12}, "lr": {1e-3: 0.0, 3e-3: 0.05}}
 
     def cell(self, changes, seed=0):
         assert self.dataset(0).test is None, "the search could see the test part"
@@ -119,13 +119,16 @@ def test_the_search_decides_on_validation_and_later_cells_use_it(study, monkeypa
         assert len(tried) == 2 * module.TRIALS, "the same budget for both"
         with pytest.raises(ValueError, match="models: expected some of"):
             module.tune(alone, ["ngfc"])
-    # every trial after the four of L2 changes the best so far
-    assert [c["models.ngcf.l2"] for c in tried[:4]] == [1e-4, 1e-3, 1e-2, 1e-1]
-    assert tried[4] == {"model": "ngcf", "models.ngcf.lr": 3e-3, "models.ngcf.l2": 1e-2}
-    assert tried[5] == tried[4] | {"models.ngcf.draw": "pairs"} and tried[6] == tried[4] | {"models.ngcf.layers": 2}
+    # every trial after the three of L2 changes the best so far
+    assert [c["models.ngcf.l2"] for c in tried[:3]] == [1e-3, 1e-2, 1e-1]
+    assert study.config.models["ngcf"]["epochs"] == 2 < module.SHORT["epochs"]
+    short = {"models.ngcf.epochs": 2, "models.ngcf.patience": module.SHORT["patience"]}
+    assert tried[3] == {"model": "ngcf", "models.ngcf.lr": 3e-3, "models.ngcf.l2": 1e-2, **short}
+    assert tried[4] == tried[3] | {"models.ngcf.draw": "pairs"} and tried[5] == tried[3] | {"models.ngcf.layers": 2}
     assert set(module.OWN) == set(module.SECTION), "a model without trials of its own"
     tuned = alone.settings({"model": "ngcf"}, 0)
     assert (tuned.models["ngcf"]["lr"], tuned.models["ngcf"]["l2"]) == (3e-3, 1e-2)
+    assert tuned.models["ngcf"]["patience"] > short["models.ngcf.patience"], "a trial's bound is not the winner's"
     assert "bm3" in json.loads((alone.out / "tuned.json").read_text()), "a later search kept the earlier winners"
     assert alone.settings({}, 0).teacher.lr == 3e-3 and alone.settings({"teacher.lr": 0.5}, 0).teacher.lr == 0.5
 
