@@ -73,5 +73,5 @@ def bench_sampling(compare, name, size):
     compare(
         "sampling", f"{name} B={size} K={COUNT}", lambda: sampler.batch(0, next(steps)),
         {key: lambda rival=rival: rival.batch(size) for key, rival in rivals.items()},
-        targets=dict.fromkeys(rivals, 5), rounds=100 if size == BATCH else 10,
+        targets=dict.fromkeys(rivals, 5), rounds=25 if size == BATCH else 10,
     )  # fmt: skip

@@ -105,7 +105,7 @@ def bench_propagate(compare, name, restricted):
     label = "rows=3072" if restricted else "all rows"
     compare("propagate", f"{name} L=2 {label} fwd+bwd", lambda: run(ours),
             {"csr autograd": lambda: run(plain), "csr symmetric": lambda: run(symmetric)},
-            targets=targets, memory=True, rounds=10 if name == "amazon-book" else 20)  # fmt: skip
+            targets=targets, memory=True, rounds=5 if name == "amazon-book" else 10)  # fmt: skip
 
 
 def bench_spmm_reference(compare):

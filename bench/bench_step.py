@@ -46,7 +46,7 @@ def bench_student_step(compare, name, emb):
     steps.assert_close(pair)
     rivals = {f"eager {layout}": _eager_step(pair, layout) for layout in ("csr", "coo")}
     compare("student step", f"{name} L=2, EmbKD {emb}", _our_steps(pair), rivals,
-            targets={"eager csr": STUDENT_TARGETS[name]}, rounds=ROUNDS, warmup=1, repeats=OUR_STEPS)  # fmt: skip
+            targets={"eager csr": STUDENT_TARGETS[name]}, rounds=ROUNDS, warmup=1, calls=1, repeats=OUR_STEPS)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", STUDENT_TARGETS)
@@ -55,7 +55,7 @@ def bench_teacher_step(compare, name):
     steps.assert_close(pair)
     rivals = {f"eager {layout}": _eager_step(pair, layout) for layout in ("csr", "coo")}
     row = compare("teacher step", f"{name} L=2", _our_steps(pair), rivals | {"X W and its gradient": steps.gemms(name)},
-                  rounds=ROUNDS, warmup=1, repeats=OUR_STEPS)  # fmt: skip
+                  rounds=ROUNDS, warmup=1, calls=1, repeats=OUR_STEPS)  # fmt: skip
     row.target = {"X W and its gradient": 1 / 1.4}  # the step within 1.4x of the products it cannot avoid
 
 
@@ -69,4 +69,5 @@ def bench_student_step_with_row_normalised_prompt(compare, name):
         _our_steps(row),
         {"prompt norm mean": _our_steps(mean)},
         rounds=15,
+        calls=1,
     )

@@ -15,14 +15,18 @@ def markdown(path: Path) -> str:
     lines = [
         f"{where}; torch {m['torch']}; copy {m['copy_gbps']} GB/s, GEMM {m['gemm_gflops']} GFLOP/s; commit {m['commit']}, {m['date']}.",
         "",
-        "| op | case | ours, ms | rival | rival, ms | ratio | target |",
-        "| --- | --- | ---: | --- | ---: | ---: | ---: |",
+        "| op | case | ours, ms | rival | rival, ms | ratio | first call | target |",
+        "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: |",
     ]
     for row in content["rows"]:
         for name, ms in row["rivals"].items():
             goal = f"{row['target'][name]:g}x" if name in row["target"] else ""
             time, ratio = ("absent", "") if ms is None else (f"{ms:.2f}", f"{row['ratios'][name]:.1f}x")
-            lines.append(f"| {row['op']} | {row['case']} | {row['ours_ms']:.2f} | {name} | {time} | {ratio} | {goal} |")
+            first = row.get("first") or {}
+            cold = f"{first[name] / first['ours']:.1f}x" if name in first else ""
+            lines.append(
+                f"| {row['op']} | {row['case']} | {row['ours_ms']:.2f} | {name} | {time} | {ratio} | {cold} | {goal} |"
+            )
     return "\n".join(lines)
 
 
