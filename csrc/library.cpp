@@ -70,6 +70,14 @@ STABLE_TORCH_LIBRARY(mmkd, m) {
   m.def(
       "emb_kd_backward(Tensor grad, Tensor student, Tensor teachers, Tensor stats, float gamma, bool need_student, "
       "bool need_teachers) -> (Tensor, Tensor)");
+  // Gradients that are not there are None; the one of `state` comes back.
+  m.def(
+      "frozen_teacher(Tensor content, Tensor design, Tensor ids, Tensor omega, Tensor state, Tensor nodes, Tensor "
+      "candidates, int first_item) -> (Tensor margin, Tensor logits, Tensor targets, Tensor heads)");
+  m.def(
+      "frozen_teacher_backward(Tensor? grad_margin, Tensor? grad_logits, Tensor? grad_targets, Tensor content, Tensor "
+      "design, Tensor ids, Tensor omega, Tensor state, Tensor nodes, Tensor candidates, Tensor heads, int first_item) "
+      "-> Tensor");
   m.def(
       "topk(Tensor user_emb, Tensor item_emb, int k, Tensor? users, Tensor? rowptr, Tensor? col) -> (Tensor scores, "
       "Tensor ids)");

@@ -22,6 +22,7 @@ OPS = {
     "list_kd": ("list_kd", "list_kd_backward", "list_scores", "list_scores_backward"),
     "emb_kd": ("emb_kd", "emb_kd_backward"),
     "topk": ("topk",),
+    "frozen_teacher": ("frozen_teacher", "frozen_teacher_backward"),
 }
 ORDER = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
 _said: set[tuple[str, str]] = set()

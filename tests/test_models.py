@@ -115,24 +115,31 @@ def test_collapse_equals_the_teacher_in_values_and_prompt_gradients(graph, norm,
     assert seen[0][3].abs().max() > 1e-6 and seen[0][4].abs().max() > 1e-6  # the check compares something
 
 
+@pytest.mark.parametrize("learns", [True, False])
 @pytest.mark.parametrize("norm", ["mean", "row"])
-def test_collapsed_logits_equal_those_of_the_teacher_in_values_and_gradients(graph, norm):
+def test_what_a_step_asks_of_the_collapsed_teacher_equals_the_teachers(graph, norm, learns):
     teacher = make_teacher(graph, norm)
-    frozen = FrozenTeacher(teacher)
+    frozen = FrozenTeacher(teacher, learn_prompt=learns)
     users, candidates = torch.tensor([3, 0, 3, 25]), torch.tensor([[1, 4], [0, 18], [1, 1], [7, 2]])
+    pos, neg, further = candidates[:, 0], candidates[:, 1], torch.tensor([2, 30, 2])
     seen = []
     for collapsed in (False, True):
         if collapsed:
-            state = frozen.state()
-            logits = frozen.logits(frozen.at(users, state), candidates, state)
+            nodes = torch.cat([users, pos + graph.num_users, neg + graph.num_users, further])
+            out = frozen.asked(nodes, candidates, frozen.state())
         else:
-            out = teacher()
-            logits = torch.einsum("mbd,mbkd->mbk", out.users[:, users], out.items[:, candidates])
-        grads = torch.autograd.grad(logits.sin().sum(), [teacher.prompt.weight, teacher.prompt.bias])
-        seen.append((logits, *grads))
-    for ours, wanted in zip(seen[1], seen[0], strict=True):
+            full = teacher()
+            logits = torch.einsum("mbd,mbkd->mbk", full.users[:, users], full.items[:, candidates])
+            user, items = full.joint[users], full.joint[graph.num_users :]
+            features = torch.cat([full.users, full.items], 1)
+            out = (user * (items[pos] - items[neg])).sum(1), logits, features[:, further]
+        prompt = [teacher.prompt.weight, teacher.prompt.bias]
+        loss = sum(part.sin().sum() for part in out)
+        seen.append((*out, *(torch.autograd.grad(loss, prompt) if learns or not collapsed else ())))
+    for ours, wanted in zip(seen[1], seen[0], strict=learns):
         assert (ours - wanted).abs().max() <= 1e-10 * max(1.0, wanted.abs().max().item())
-    assert seen[0][1].abs().max() > 1e-6
+    assert seen[0][3].abs().max() > 1e-6
+    assert frozen.asked(torch.cat([users, pos, neg]), candidates, frozen.state(), lists=False)[1] is None
 
 
 def test_collapse_without_a_prompt_is_a_constant(graph):

@@ -2,8 +2,21 @@
 
 from mmkd.reference.bpr_kd import bpr, margins, pair_kd
 from mmkd.reference.emb_kd import emb_kd
+from mmkd.reference.frozen_teacher import frozen_teacher
 from mmkd.reference.list_kd import list_kd, list_scores
 from mmkd.reference.spmm import propagate, sddmm, spmm
 from mmkd.reference.topk import topk
 
-__all__ = ["bpr", "emb_kd", "list_kd", "list_scores", "margins", "pair_kd", "propagate", "sddmm", "spmm", "topk"]
+__all__ = [
+    "bpr",
+    "emb_kd",
+    "frozen_teacher",
+    "list_kd",
+    "list_scores",
+    "margins",
+    "pair_kd",
+    "propagate",
+    "sddmm",
+    "spmm",
+    "topk",
+]

@@ -93,22 +93,38 @@ class FrozenTeacher(nn.Module):
             return constant
         return torch.baddbmm(constant, _pick(self.design, 0, nodes).expand(self.modalities, -1, -1), state)
 
-    def logits(self, heads: Tensor, candidates: Tensor, state: Tensor | None) -> Tensor:
-        """``F_u^m . F_i^m``, ``[M, B, K]``, of users given by ``F_u^m`` ``[M, B, d]`` and item ids ``[B, K]``.
+    def asked(
+        self, nodes: Tensor, candidates: Tensor, state: Tensor | None, lists: bool = True
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """What a step of the student takes from the teacher.
 
-        With ``F_i = C_i + K_i Z`` the score is ``F_u . C_i + (F_u Z^T) . K_i``: over constants of the items, so neither
-        their rows of ``F`` nor gradients of these exist.
+        Args:
+            nodes: int64 `[3B + n]`: users, observed items, negatives, then nodes whose features are wanted.
+            candidates: item ids `[B, K]`.
+            lists: whether logits are wanted.
+
+        Returns:
+            `E^T_u . (E^T_pos - E^T_neg)`, `[B]`; logits `[M, B, K]` or None; `F` of the last n nodes, `[M, n, d]`.
         """
+        if self.norm == "mean" and state is not None:
+            constants = (self.content, self.design, self.ids, self.omega)
+            listed = candidates if lists else candidates[:, :0]
+            margin, logits, targets = ops.frozen_teacher(*constants, state, nodes, listed, self.graph.num_users)
+            return margin, logits if lists else None, targets
+        count = 3 * len(candidates)
+        heads = self.at(nodes, state)
+        user, pos, neg = self.combine(nodes[:count], heads[:, :count]).chunk(3)
+        logits = self.logits(heads[:, : len(candidates)], candidates, state) if lists else None
+        return (user * (pos - neg)).sum(1), logits, heads[:, count:]
+
+    def logits(self, heads: Tensor, candidates: Tensor, state: Tensor | None) -> Tensor:
+        """``F_u^m . F_i^m``, ``[M, B, K]``, of users given by ``F_u^m`` ``[M, B, d]`` and item ids ``[B, K]``, where ``F``
+        is there at all nodes: the prompt is part of the constants, or ``norm="row"``."""
         own, first = torch.arange(heads.shape[1], device=heads.device), self.graph.num_users
-        tables = self.content if self.norm == "mean" or state is None else state
         scores = [
             ops.list_scores(head, table[first:], own, candidates)
-            for head, table in zip(heads.unbind(), tables.unbind(), strict=True)
+            for head, table in zip(heads.unbind(), (self.content if state is None else state).unbind(), strict=True)
         ]
-        if self.norm == "mean" and state is not None:
-            through = torch.bmm(heads, state.mT)  # [M, B, d+1]
-            added = [ops.list_scores(part, self.design[first:], own, candidates) for part in through.unbind()]
-            scores = [score + more for score, more in zip(scores, added, strict=True)]
         return torch.stack(scores)
 
     def combine(self, nodes: Tensor, features: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from mmkd import _host
 from mmkd.config import Config, StageConfig
 from mmkd.data import Dataset
 from mmkd.data.sampling import Sampler
@@ -92,23 +93,15 @@ def node_batch(
 
     Worked out where the ids are (on the CPU, so that no step waits for a GPU), then moved to `device`.
     """
-    batch = len(users)
-    user_ids, item_ids = users.numpy(), candidates.numpy().ravel() + num_users
-    further = np.empty(0, np.int64) if extra is None else extra.numpy()
-    ids = np.concatenate([user_ids, item_ids, further, shared.items + num_users])
-    position = np.zeros(int(ids.max(initial=-1)) + 1, np.int64)  # a flag per node, then its place among the flagged
-    position[ids] = 1
-    rows = np.flatnonzero(position)
-    position[rows] = np.arange(len(rows))
-    first_item = int(np.searchsorted(rows, num_users))
-    where = position[ids]
-    local, beyond = where[batch : batch + item_ids.size].reshape(candidates.shape), batch + item_ids.size
-    counts = np.bincount(np.concatenate([where[:batch], local[:, :2].ravel()]), minlength=len(rows))
+    known = 0 if extra is None else len(extra)
+    further = np.concatenate([np.empty(0, np.int64) if extra is None else extra.numpy(), shared.items + num_users])
+    ids = candidates.numpy()
+    num_items = 1 + int(max(ids.max(initial=-1), further.max(initial=num_users - 1) - num_users))
+    rows, first_item, own, local, counts, where = _host.compact(users.numpy(), ids, num_users, num_items, further)
     touched = np.flatnonzero(counts)
     nodes = NodeBatch(
-        *(torch.from_numpy(rows), first_item, torch.from_numpy(where[:batch]), torch.from_numpy(local - first_item)),
-        torch.from_numpy(where[beyond : beyond + len(further)]),
-        torch.from_numpy(where[beyond + len(further) :] - first_item), torch.from_numpy(shared.owned),
+        *(torch.from_numpy(rows), first_item, torch.from_numpy(own), torch.from_numpy(local)),
+        torch.from_numpy(where[:known]), torch.from_numpy(where[known:] - first_item), torch.from_numpy(shared.owned),
         torch.from_numpy(rows[touched]), torch.from_numpy(counts[touched]),
     )  # fmt: skip
     return nodes.to(torch.device(device))

@@ -199,48 +199,40 @@ class StudentTask:
         batch = drawn.nodes
         table = self.student(batch.rows)  # [n, d]
         state = self.teacher.state()
-        heads = self.teacher.at(drawn.asked, state)  # [M, 3B (+ EmbKD's sample), d]
-        terms = self._ranking(drawn, table, heads, state)
+        margin, logits, targets = self.teacher.asked(drawn.asked, drawn.candidates, state, bool(self.distill.list))
+        terms = self._ranking(drawn, table, margin, logits)
         if self.distill.emb:
-            terms["emb"] = self.distill.emb * self._emb(batch, table, heads, state)
+            terms["emb"] = self.distill.emb * self._emb(batch, table, targets, state)
         torch.stack(list(terms.values())).sum().backward()
         terms = {name: value.detach() for name, value in terms.items()}
         return {**terms, "l2": add_l2(self.student.table, batch, self.settings.l2)}
 
-    def _ranking(self, drawn: StudentBatch, table: Tensor, heads: Tensor, state: Tensor | None) -> dict[str, Tensor]:
+    def _ranking(self, drawn: StudentBatch, table: Tensor, margin: Tensor, logits: Tensor | None) -> dict[str, Tensor]:
         d, batch = self.distill, drawn.nodes
         users, items = _split(table, batch)
         terms = {}
         if d.pair:  # BPR comes with it
-            where, margin = (batch.users, batch.pos, batch.neg), self._teacher_margin(drawn, heads)
+            where = (batch.users, batch.pos, batch.neg)
             bpr, pair = ops.bpr_pair_kd_loss(users, items, *where, margin, tau=d.pair_tau, kind=d.pair_kind)
             terms = {"ranking": bpr, "pair": d.pair * pair}
         if len(batch.shared) or not d.pair:
             terms["ranking"] = ranking_loss(users, items, batch)
-        if d.list:
-            logits = self.teacher.logits(heads[:, : len(batch.users)], drawn.candidates, state)
+        if logits is not None:
             terms["list"] = d.list * ops.list_kd_loss(
                 users, items, batch.users, batch.candidates, logits, alpha=d.list_alpha, beta=d.list_beta, tau=d.list_tau,
                 weight=d.list_weight, modality_weights=self.modality_weights,
             )  # fmt: skip
         return terms
 
-    def _teacher_margin(self, drawn: StudentBatch, heads: Tensor) -> Tensor:
-        """`E^T_u . (E^T_pos - E^T_neg)`, `[B]`; `E^T` exists only where it is asked for."""
-        count = 3 * len(drawn.candidates)
-        user, pos, neg = self.teacher.combine(drawn.asked[:count], heads[:, :count]).chunk(3)
-        return (user * (pos - neg)).sum(1)
-
-    def _emb(self, batch: NodeBatch, table: Tensor, heads: Tensor, state: Tensor | None) -> Tensor:
-        gamma, sampled = self.distill.emb_gamma, self.distill.emb_sample
-        if sampled is not None:
-            student, targets = table.index_select(0, batch.extra), heads[:, -sampled:]
+    def _emb(self, batch: NodeBatch, table: Tensor, targets: Tensor, state: Tensor | None) -> Tensor:
+        if self.distill.emb_sample is not None:
+            student = table.index_select(0, batch.extra)
         else:  # every node of the kind, in order
             every = self.distill.emb_nodes == "all"
             student = table if every else table[batch.num_users :]
             first = 0 if every else self.graph.num_users
             targets = self.teacher.at(slice(first, self.graph.num_nodes), state)
-        return ops.emb_kd_loss(student, targets.to(table.dtype), gamma=gamma)
+        return ops.emb_kd_loss(student, targets.to(table.dtype), gamma=self.distill.emb_gamma)
 
     def tables(self) -> tuple[Tensor, Tensor]:
         return self.student.tables()

@@ -1,0 +1,375 @@
+#include "cpu/frozen_teacher_kernel.h"
+
+#include "cpu/vec.h"
+#include "cpu/vmath.h"
+
+namespace mmkd {
+namespace MMKD_ISA {
+namespace {
+
+constexpr int kTile = MMKD_VBYTES == 64 ? 6 : 2;  // rows of a register tile, four vectors wide
+constexpr double kNormEps = 1e-12;                // as torch.nn.functional.normalize
+
+// Rows of a table, picked by index or one after the other.
+template <class A>
+struct Rows {
+  const A* base;
+  int64_t stride;
+  const int64_t* index;  // null: in order
+  MMKD_INLINE const A* at(int64_t i) const { return base + (index ? index[i] : i) * stride; }
+};
+
+// out[r][c0 ...] = start[r] + sum_k left[r][k] * right[k], R rows and NV vectors of columns; start null: zeros.
+template <int R, int NV, class A>
+void product_tile(const A* const* left, int64_t inner, const A* right, int64_t ld, const A* const* start, A* const* out,
+                  int64_t c0) {
+  using W = Vec<A>;
+  typename W::V s[R][NV];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) s[r][v] = start ? W::load(start[r] + c0 + v * W::size) : typename W::V{};
+  }
+  for (int64_t k = 0; k < inner; ++k) {
+    typename W::V b[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) b[v] = W::load(right + k * ld + c0 + v * W::size);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const A w = left[r][k];
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) s[r][v] += w * b[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) W::store(out[r] + c0 + v * W::size, s[r][v]);
+  }
+}
+
+// All columns of R rows.
+template <int R, class A>
+void product_rows(const A* const* left, int64_t inner, const A* right, int64_t ld, const A* const* start, A* const* out,
+                  int64_t columns) {
+  constexpr int64_t w = Vec<A>::size;
+  int64_t c = 0;
+  for (; c + 4 * w <= columns; c += 4 * w) product_tile<R, 4>(left, inner, right, ld, start, out, c);
+  for (; c + w <= columns; c += w) product_tile<R, 1>(left, inner, right, ld, start, out, c);
+  for (; c < columns; ++c) {
+    for (int r = 0; r < R; ++r) {
+      A s = start ? start[r][c] : A(0);
+      for (int64_t k = 0; k < inner; ++k) s += left[r][k] * right[k * ld + c];
+      out[r][c] = s;
+    }
+  }
+}
+
+// out[i] = start[i] + left[i] right, for n rows; out: [n, columns] with stride ldo.
+template <class A>
+void product(const Rows<A>& left, int64_t n, int64_t inner, const A* right, int64_t ld, const Rows<A>* start, A* out,
+             int64_t ldo, int64_t columns) {
+  const A *rows[kTile], *from[kTile];
+  A* to[kTile];
+  const auto fill = [&](int64_t i, int count) {
+    for (int r = 0; r < count; ++r) {
+      rows[r] = left.at(i + r);
+      if (start) from[r] = start->at(i + r);
+      to[r] = out + (i + r) * ldo;
+    }
+  };
+  const A* const* begin = start ? from : nullptr;
+  int64_t i = 0;
+  for (; i + kTile <= n; i += kTile) {
+    for (int64_t next = i + kTile; next < i + 2 * kTile && next < n; ++next) {
+      prefetch_row(left.at(next), inner);
+      if (start) prefetch_row(start->at(next), columns);
+    }
+    fill(i, kTile);
+    product_rows<kTile>(rows, inner, right, ld, begin, to, columns);
+  }
+  for (; i < n; ++i) {
+    fill(i, 1);
+    product_rows<1>(rows, inner, right, ld, begin, to, columns);
+  }
+}
+
+// sum[k0 + k][c0 ...] += sum_i a[i][k0 + k] * b[i], KB rows of `sum` and NV vectors of columns.
+template <int KB, int NV, class A>
+void outer_tile(const A* a, int64_t lda, const A* b, int64_t ldb, int64_t n, A* sum, int64_t ld, int64_t k0,
+                int64_t c0) {
+  using W = Vec<A>;
+  typename W::V s[KB][NV];
+#pragma GCC unroll 8
+  for (int k = 0; k < KB; ++k) {
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) s[k][v] = W::load(sum + (k0 + k) * ld + c0 + v * W::size);
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    typename W::V bv[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) bv[v] = W::load(b + i * ldb + c0 + v * W::size);
+#pragma GCC unroll 8
+    for (int k = 0; k < KB; ++k) {
+      const A w = a[i * lda + k0 + k];
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) s[k][v] += w * bv[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int k = 0; k < KB; ++k) {
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) W::store(sum + (k0 + k) * ld + c0 + v * W::size, s[k][v]);
+  }
+}
+
+template <int KB, class A>
+void outer_rows(const A* a, int64_t lda, const A* b, int64_t ldb, int64_t n, A* sum, int64_t k0, int64_t d) {
+  constexpr int64_t w = Vec<A>::size;
+  int64_t c = 0;
+  for (; c + 4 * w <= d; c += 4 * w) outer_tile<KB, 4>(a, lda, b, ldb, n, sum, d, k0, c);
+  for (; c + w <= d; c += w) outer_tile<KB, 1>(a, lda, b, ldb, n, sum, d, k0, c);
+  for (; c < d; ++c) {
+    for (int k = 0; k < KB; ++k) {
+      A s = sum[(k0 + k) * d + c];
+      for (int64_t i = 0; i < n; ++i) s += a[i * lda + k0 + k] * b[i * ldb + c];
+      sum[(k0 + k) * d + c] = s;
+    }
+  }
+}
+
+// sum += a^T b for a [n, e] and b [n, d]; sum: [e, d].
+template <class A>
+void add_outer(const A* a, int64_t lda, int64_t e, const A* b, int64_t ldb, int64_t d, int64_t n, A* sum) {
+  int64_t k = 0;
+  for (; k + kTile <= e; k += kTile) outer_rows<kTile>(a, lda, b, ldb, n, sum, k, d);
+  for (; k < e; ++k) outer_rows<1>(a, lda, b, ldb, n, sum, k, d);
+}
+
+// out = sum_l w[l] * table[index[l]], one row of `width` columns; `next` (or null): rows that come after.
+template <int NV, class A>
+MMKD_INLINE void weighted_tile(const A* w, const int64_t* index, int64_t n, const A* table, int64_t width, A* out,
+                               int64_t c0) {
+  using W = Vec<A>;
+  typename W::V s[NV];
+#pragma GCC unroll 4
+  for (int v = 0; v < NV; ++v) s[v] = typename W::V{};
+  for (int64_t l = 0; l < n; ++l) {
+    const A* row = table + index[l] * width + c0;
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) s[v] += w[l] * W::load(row + v * W::size);
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < NV; ++v) W::store(out + c0 + v * W::size, s[v]);
+}
+
+template <class A>
+void weighted_rows(const A* w, const int64_t* index, int64_t n, const A* table, int64_t width, A* out) {
+  constexpr int64_t lanes = Vec<A>::size;
+  int64_t c = 0;
+  for (; c + 4 * lanes <= width; c += 4 * lanes) weighted_tile<4>(w, index, n, table, width, out, c);
+  for (; c + lanes <= width; c += lanes) weighted_tile<1>(w, index, n, table, width, out, c);
+  for (; c < width; ++c) {
+    A s = 0;
+    for (int64_t l = 0; l < n; ++l) s += w[l] * table[index[l] * width + c];
+    out[c] = s;
+  }
+}
+
+// y += w x
+template <class A>
+MMKD_INLINE void add_scaled(A* y, A w, const A* x, int64_t d) {
+  int64_t c = 0;
+  for (; c + Vec<A>::size <= d; c += Vec<A>::size) Vec<A>::store(y + c, Vec<A>::load(y + c) + w * Vec<A>::load(x + c));
+  for (; c < d; ++c) y[c] += w * x[c];
+}
+
+template <class A>
+struct Batch {
+  const FrozenArgs& a;
+  int64_t begin, n;
+
+  const A* content(int64_t m) const { return static_cast<const A*>(a.content) + m * a.num_nodes * a.d; }
+  const A* items(int64_t m) const { return content(m) + a.first_item * a.d; }
+  const A* design() const { return static_cast<const A*>(a.design); }
+  const A* item_design() const { return design() + a.first_item * a.e; }
+  const A* state(int64_t m) const { return static_cast<const A*>(a.state) + m * a.e * a.d; }
+  const A* state_t(int64_t m) const { return static_cast<const A*>(a.state_t) + m * a.d * a.ep; }
+  const int64_t* asked(int part) const { return a.nodes + part * a.batch + begin; }
+  const int64_t* list(int64_t i) const { return a.candidates + (begin + i) * a.list; }
+  // part 0: users, 1: observed items, 2: negatives
+  A* head(int64_t m, int part) const { return static_cast<A*>(a.heads) + ((m * 3 + part) * a.batch + begin) * a.d; }
+  A* logits(int64_t m, int64_t i) const { return static_cast<A*>(a.logits) + (m * a.batch + begin + i) * a.list; }
+  const A* grad_logits(int64_t m, int64_t i) const {
+    return static_cast<const A*>(a.grad_logits) + (m * a.batch + begin + i) * a.list;
+  }
+  // omega / max(|F|, eps) of a head's row, and 1 / |F|^2 where the norm is what divides (else 0).
+  void norms(int64_t m, const A* row, A& scale, A& inverse_square) const {
+    const A square = dot(row, row, a.d), norm = Num<A>::sqrt(square), least = static_cast<A>(kNormEps);
+    const A omega = static_cast<const A*>(a.omega)[m];
+    scale = omega / (norm > least ? norm : least);
+    inverse_square = norm > least ? 1 / square : A(0);
+  }
+  // E^T of the users, and of observed items less negatives: [n, d] each.
+  void joint(A* users, A* difference) const {
+    const A* ids = static_cast<const A*>(a.ids);
+    A scale, unused;
+    for (int64_t i = 0; i < n; ++i) {
+      A *u = users + i * a.d, *v = difference + i * a.d;
+      for (int64_t c = 0; c < a.d; ++c) {
+        u[c] = ids[asked(0)[i] * a.d + c];
+        v[c] = ids[asked(1)[i] * a.d + c] - ids[asked(2)[i] * a.d + c];
+      }
+      for (int64_t m = 0; m < a.modalities; ++m) {
+        for (int part = 0; part < 3; ++part) {
+          const A* row = head(m, part) + i * a.d;
+          norms(m, row, scale, unused);
+          add_scaled(part ? v : u, part == 2 ? -scale : scale, row, a.d);
+        }
+      }
+    }
+  }
+  void prefetch_lists(int64_t m, int64_t i) const {
+    if (i >= n) return;
+    for (int64_t l = 0; l < a.list; ++l) {
+      prefetch_row(items(m) + list(i)[l] * a.d, a.d);
+      if (m == 0) prefetch_row(item_design() + list(i)[l] * a.e, a.e);
+    }
+  }
+};
+
+template <class A>
+void samples_typed(const FrozenArgs& a, int64_t begin, int64_t end, void* scratch) {
+  const Batch<A> b{a, begin, end - begin};
+  A *users = static_cast<A*>(scratch), *difference = users + b.n * a.d, *through = difference + b.n * a.d;
+  for (int64_t m = 0; m < a.modalities; ++m) {
+    for (int part = 0; part < 3; ++part) {
+      const Rows<A> start{b.content(m), a.d, b.asked(part)};
+      product(Rows<A>{b.design(), a.e, b.asked(part)}, b.n, a.e, b.state(m), a.d, &start, b.head(m, part), a.d, a.d);
+    }
+    // G = F_u Z^T, [n, ep] of each modality
+    product(Rows<A>{b.head(m, 0), a.d, nullptr}, b.n, a.d, b.state_t(m), a.ep, static_cast<const Rows<A>*>(nullptr),
+            through + m * b.n * a.ep, a.ep, a.ep);
+  }
+  b.joint(users, difference);
+  A* margin = static_cast<A*>(a.margin) + begin;
+  for (int64_t i = 0; i < b.n; ++i) margin[i] = dot(users + i * a.d, difference + i * a.d, a.d);
+  for (int64_t i = 0; i < b.n; ++i) {
+    for (int64_t m = 0; m < a.modalities; ++m) {
+      b.prefetch_lists(m, i + 1);
+      const A *own = b.head(m, 0) + i * a.d, *g = through + (m * b.n + i) * a.ep;
+      A* out = b.logits(m, i);
+      for (int64_t l = 0; l < a.list; ++l) {
+        const int64_t item = b.list(i)[l];
+        out[l] = dot(own, b.items(m) + item * a.d, a.d) + dot(g, b.item_design() + item * a.e, a.e);
+      }
+    }
+  }
+}
+
+template <class A>
+void targets_typed(const FrozenArgs& a, int64_t begin, int64_t end) {
+  const int64_t* index = a.nodes + 3 * a.batch + begin;
+  for (int64_t m = 0; m < a.modalities; ++m) {
+    const Rows<A> start{static_cast<const A*>(a.content) + m * a.num_nodes * a.d, a.d, index};
+    A* out = static_cast<A*>(a.targets) + (m * a.num_targets + begin) * a.d;
+    product(Rows<A>{static_cast<const A*>(a.design), a.e, index}, end - begin, a.e,
+            static_cast<const A*>(a.state) + m * a.e * a.d, a.d, &start, out, a.d, a.d);
+  }
+}
+
+template <class A>
+void copy_rows(const Rows<A>& rows, int64_t n, int64_t width, A* out) {
+  for (int64_t i = 0; i < n; ++i) memcpy(out + i * width, rows.at(i), width * sizeof(A));
+}
+
+// The gradient of a head's row where that of `scale * row` is `weight * along`: out = scale (g - F (F.g) / |F|^2).
+template <class A>
+MMKD_INLINE void through_norm(A* out, A scale, A inverse_square, A weight, const A* along, const A* row, int64_t d) {
+  const A radial = inverse_square * dot(row, along, d);
+  for (int64_t c = 0; c < d; ++c) out[c] = scale * weight * (along[c] - radial * row[c]);
+}
+
+template <class A>
+void sample_grads_typed(const FrozenArgs& a, int64_t begin, int64_t end, void* scratch, void* sum) {
+  const Batch<A> b{a, begin, end - begin};
+  const int64_t n = b.n, d = a.d;
+  A *users = static_cast<A*>(scratch), *difference = users + n * d, *design = difference + n * d;
+  A *grad = design + 3 * n * a.e, *through = grad + a.modalities * 3 * n * d;  // dF [M, 3, n, d], dG [M, n, ep]
+  A* whole = through + a.modalities * n * a.ep;                                // [n, d] a modality
+  for (int part = 0; part < 3; ++part) {
+    copy_rows(Rows<A>{b.design(), a.e, b.asked(part)}, n, a.e, design + part * n * a.e);
+  }
+  if (a.grad_margin) b.joint(users, difference);
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t m = 0; m < a.modalities; ++m) {
+      A* rows = grad + (m * 3 * n + i) * d;
+      A* g = through + (m * n + i) * a.ep;
+      if (a.grad_logits) {
+        b.prefetch_lists(m, i + 1);
+        weighted_rows(b.grad_logits(m, i), b.list(i), a.list, b.items(m), d, rows);
+        weighted_rows(b.grad_logits(m, i), b.list(i), a.list, b.item_design(), a.e, g);
+      } else {
+        memset(rows, 0, d * sizeof(A));
+        memset(g, 0, a.e * sizeof(A));
+      }
+      for (int64_t c = a.e; c < a.ep; ++c) g[c] = 0;
+      for (int part = 0; part < 3; ++part) {
+        A* out = rows + part * n * d;
+        if (!a.grad_margin) {
+          if (part) memset(out, 0, d * sizeof(A));
+          continue;
+        }
+        const A* row = b.head(m, part) + i * d;
+        const A weight = static_cast<const A*>(a.grad_margin)[begin + i];
+        A scale, inverse_square;
+        b.norms(m, row, scale, inverse_square);
+        A* fresh = part ? out : whole + i * d;
+        through_norm(fresh, scale, inverse_square, part == 2 ? -weight : weight, (part ? users : difference) + i * d,
+                     row, d);
+        if (!part) add_scaled(out, A(1), fresh, d);
+      }
+    }
+  }
+  for (int64_t m = 0; m < a.modalities; ++m) {
+    A *rows = grad + m * 3 * n * d, *g = through + m * n * a.ep, *to = static_cast<A*>(sum) + m * a.e * d;
+    if (a.grad_logits) {  // G = F_u Z^T
+      add_outer(g, a.ep, a.e, b.head(m, 0), d, d, n, to);
+      const Rows<A> start{rows, d, nullptr};
+      product(Rows<A>{g, a.ep, nullptr}, n, a.e, b.state(m), d, &start, rows, d, d);
+    }
+    add_outer(design, a.e, a.e, rows, d, d, 3 * n, to);
+  }
+}
+
+template <class A>
+void target_grads_typed(const FrozenArgs& a, int64_t begin, int64_t end, void* scratch, void* sum) {
+  const int64_t n = end - begin;
+  A* design = static_cast<A*>(scratch);
+  copy_rows(Rows<A>{static_cast<const A*>(a.design), a.e, a.nodes + 3 * a.batch + begin}, n, a.e, design);
+  for (int64_t m = 0; m < a.modalities; ++m) {
+    const A* grad = static_cast<const A*>(a.grad_targets) + (m * a.num_targets + begin) * a.d;
+    add_outer(design, a.e, a.e, grad, a.d, a.d, n, static_cast<A*>(sum) + m * a.e * a.d);
+  }
+}
+
+}  // namespace
+
+#define MMKD_BY_TYPE(function, ...) a.dtype == DType::f64 ? function<double>(__VA_ARGS__) : function<float>(__VA_ARGS__)
+
+void frozen_samples(const FrozenArgs& a, int64_t begin, int64_t end, void* scratch) {
+  MMKD_BY_TYPE(samples_typed, a, begin, end, scratch);
+}
+
+void frozen_targets(const FrozenArgs& a, int64_t begin, int64_t end) { MMKD_BY_TYPE(targets_typed, a, begin, end); }
+
+void frozen_sample_grads(const FrozenArgs& a, int64_t begin, int64_t end, void* scratch, void* sum) {
+  MMKD_BY_TYPE(sample_grads_typed, a, begin, end, scratch, sum);
+}
+
+void frozen_target_grads(const FrozenArgs& a, int64_t begin, int64_t end, void* scratch, void* sum) {
+  MMKD_BY_TYPE(target_grads_typed, a, begin, end, scratch, sum);
+}
+
+}  // namespace MMKD_ISA
+}  // namespace mmkd

@@ -1,0 +1,110 @@
+"""What a student's step asks of the frozen teacher, as a function of the prompt alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mmkd import backends, reference
+from mmkd.ops._checks import (
+    check_floating,
+    check_index,
+    check_no_grad,
+    check_rank,
+    check_same_device,
+    check_shape,
+    dense,
+)
+from mmkd.ops._registry import call, differentiable, on_register, refuse_second_derivative
+
+
+def frozen_teacher(
+    content: Tensor, design: Tensor, ids: Tensor, omega: Tensor, state: Tensor, nodes: Tensor, candidates: Tensor,
+    first_item: int, *, impl: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Margins, list logits and features of a teacher whose prompt is all that still learns (spec section 3).
+
+        F^m_v = C^m_v + K_v Z^m                                      (paper, Eq. 3, 4 with everything else frozen)
+        E^T_v = ids_v + sum_m omega_m F^m_v / max(||F^m_v||, 1e-12)
+        margin_b = E^T_u . (E^T_i - E^T_j)                           (Eq. 7)
+        logits^m_bk = F^m_u . F^m_i(k) = F_u . C_i + (F_u Z^T) . K_i   (Eq. 8)
+
+    The candidates' rows of `F` and the gradients of any row are never stored: differentiable in `state` alone.
+
+    Args:
+        content: C, `[M, N, d]`, float32 or float64. design: K, `[N, e]`. ids: `[N, d]`. omega: `[M]`. All constants.
+        state: Z, `[M, e, d]`.
+        nodes: int64 `[3B + n]` node ids: users u, observed items i, negatives j, then those whose F is returned.
+        candidates: int64 `[B, K]` item ids; item x is node `first_item + x`.
+        first_item: the number of users.
+        impl: `auto`, `reference` or `cpp`. On a GPU it is the reference, a handful of library products.
+
+    Returns:
+        `margin [B]`, `logits [M, B, K]`, `targets [M, n, d]`.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape, dtype or device (named). RuntimeError: an id out of range.
+    """
+    check_floating(content, "content")
+    check_rank(content, "content", 3)
+    check_rank(state, "state", 3)
+    (count, num_nodes, d), inner = content.shape, state.shape[1]
+    shapes = {
+        "design": (design, (num_nodes, inner)), "ids": (ids, (num_nodes, d)), "omega": (omega, (count,)),
+        "state": (state, (count, inner, d)),
+    }  # fmt: skip
+    check_no_grad(content, "content")
+    for name, (t, shape) in shapes.items():
+        check_floating(t, name, content.dtype)
+        check_shape(t, name, shape)
+        if name != "state":
+            check_no_grad(t, name)
+    check_index(nodes, "nodes")
+    check_index(candidates, "candidates", rank=2)
+    if len(nodes) < 3 * len(candidates):
+        raise ValueError(
+            f"nodes: expected at least {3 * len(candidates)} ids, 3 per row of candidates, got shape {tuple(nodes.shape)}"
+        )
+    named = (("design", design), ("ids", ids), ("omega", omega), ("state", state), ("nodes", nodes))
+    check_same_device(("content", content), *named, ("candidates", candidates))
+    which = backends.resolve("frozen_teacher", content, impl)
+    if which == "reference":
+        return reference.frozen_teacher(content, design, ids, omega, state, nodes, candidates, first_item)
+    tables = (dense(content), dense(design), dense(ids), dense(omega), dense(state))
+    return call(which, "frozen_teacher", *tables, dense(nodes), dense(candidates), first_item)[:3]
+
+
+def _setup(ctx, inputs, output) -> None:
+    *tables, ctx.first_item = inputs
+    ctx.save_for_backward(*tables, output[3])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ops):
+    def backward(ctx, grad_margin, grad_logits, grad_targets, _grad_heads):
+        grads = [None if g is None else g.contiguous() for g in (grad_margin, grad_logits, grad_targets)]
+        if all(g is None for g in grads):
+            return (None,) * 8
+        grad = ops.frozen_teacher_backward(*grads, *ctx.saved_tensors, ctx.first_item)
+        return None, None, None, None, grad, None, None, None
+
+    return backward
+
+
+@on_register
+def _register(ns: str, ops) -> None:
+    if not hasattr(ops, "frozen_teacher"):
+        return
+
+    def fake(content, design, ids, omega, state, nodes, candidates, first_item):
+        (count, _, d), (batch, width) = content.shape, candidates.shape
+        sizes = (batch,), (count, batch, width), (count, nodes.shape[0] - 3 * batch, d), (count, 3 * batch, d)
+        return tuple(content.new_empty(size) for size in sizes)
+
+    def fake_backward(grad_margin, grad_logits, grad_targets, content, design, ids, omega, state, *_):
+        return torch.empty_like(state)
+
+    torch.library.register_fake(f"{ns}::frozen_teacher", fake)
+    torch.library.register_fake(f"{ns}::frozen_teacher_backward", fake_backward)
+    differentiable(ns, "frozen_teacher", _backward, _setup)
+    refuse_second_derivative(f"{ns}::frozen_teacher_backward")
