@@ -16,6 +16,7 @@ from mmkd.ops._checks import (
     dense,
 )
 from mmkd.ops._registry import call, differentiable, on_register, refuse_second_derivative
+from mmkd.ops.list_kd import list_scores
 
 
 def frozen_teacher(
@@ -37,7 +38,7 @@ def frozen_teacher(
         nodes: int64 `[3B + n]` node ids: users u, observed items i, negatives j, then those whose F is returned.
         candidates: int64 `[B, K]` item ids; item x is node `first_item + x`.
         first_item: the number of users.
-        impl: `auto`, `reference` or `cpp`. On a GPU it is the reference, a handful of library products.
+        impl: `auto`, `reference` or `cpp`. Off the CPU `auto` is :func:`composed`, library products and `list_scores`.
 
     Returns:
         `margin [B]`, `logits [M, B, K]`, `targets [M, n, d]`.
@@ -67,11 +68,33 @@ def frozen_teacher(
         )
     named = (("design", design), ("ids", ids), ("omega", omega), ("state", state), ("nodes", nodes))
     check_same_device(("content", content), *named, ("candidates", candidates))
+    if impl == "auto" and content.device.type != "cpu":
+        return composed(content, design, ids, omega, state, nodes, candidates, first_item)
     which = backends.resolve("frozen_teacher", content, impl)
     if which == "reference":
         return reference.frozen_teacher(content, design, ids, omega, state, nodes, candidates, first_item)
     tables = (dense(content), dense(design), dense(ids), dense(omega), dense(state))
     return call(which, "frozen_teacher", *tables, dense(nodes), dense(candidates), first_item)[:3]
+
+
+def composed(
+    content: Tensor, design: Tensor, ids: Tensor, omega: Tensor, state: Tensor, nodes: Tensor, candidates: Tensor,
+    first_item: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The same from library products and list scores over the constants: any device, no candidate's row of `F` either."""
+    count = len(candidates)
+    rows = design.index_select(0, nodes).expand(len(content), -1, -1)
+    heads = torch.baddbmm(content.index_select(1, nodes), rows, state)  # [M, 3B + n, d]
+    own = torch.arange(count, device=content.device)
+    through = torch.bmm(heads[:, :count], state.mT)  # F_u Z^T, [M, B, e]
+    logits = [
+        list_scores(head, table[first_item:], own, candidates) + list_scores(part, design[first_item:], own, candidates)
+        for head, table, part in zip(heads[:, :count].unbind(), content.unbind(), through.unbind(), strict=True)
+    ]
+    unit = torch.nn.functional.normalize(heads[:, : 3 * count], dim=-1)
+    joint = ids.index_select(0, nodes[: 3 * count]) + (omega[:, None, None] * unit).sum(0)
+    user, observed, negative = joint.chunk(3)
+    return (user * (observed - negative)).sum(1), torch.stack(logits), heads[:, 3 * count :]
 
 
 def _setup(ctx, inputs, output) -> None:

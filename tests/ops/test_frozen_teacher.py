@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mmkd import ops, reference
+from mmkd.ops.frozen_teacher import composed
 from tests.ops.grid import DIMS, within_budget
 
 USERS, ITEMS = 30, 23
@@ -50,9 +51,10 @@ def test_grid(d, dtype, sizes, cpu_isa, poison_empty):
     weights = [torch.randn(o.shape, dtype=torch.float64) for o in reference.frozen_teacher(*wide)]
     truth, true_grad = outputs_and_gradient(reference.frozen_teacher, wide, weights)
     eager, eager_grad = outputs_and_gradient(reference.frozen_teacher, given, weights)
-    ours, our_grad = outputs_and_gradient(ops.frozen_teacher, given, weights)
-    for mine, theirs, true in zip([*ours, our_grad], [*eager, eager_grad], [*truth, true_grad], strict=True):
-        within_budget(mine, theirs, true, dtype)
+    for function in (ops.frozen_teacher, composed):  # the kernels, and what runs off the CPU
+        ours, our_grad = outputs_and_gradient(function, given, weights)
+        for mine, theirs, true in zip([*ours, our_grad], [*eager, eager_grad], [*truth, true_grad], strict=True):
+            within_budget(mine, theirs, true, dtype)
 
 
 @pytest.mark.parametrize("part", [0, 1, 2])
