@@ -133,7 +133,7 @@ class StudentBatch:
     Attributes:
         nodes: the student's compact table.
         candidates: int64 `[B, K]`, item ids.
-        asked: int64 `[3B (+ n)]`, node ids where the teacher is asked: users, observed items, BPR's negatives, EmbKD's sample.
+        asked: int64 `[3B (+ n)]`, node ids where the teacher is asked: users, observed items, BPR's negatives, EmbKD's nodes.
     """
 
     nodes: NodeBatch
@@ -179,7 +179,7 @@ class StudentTask:
         users, candidates = to_tensors(self.sampler.batch(epoch, step))
         nodes, extra = self.graph.num_users, self._emb_nodes(epoch, step)
         asked = [users, candidates[:, 0] + nodes, candidates[:, 1] + nodes]
-        if extra is not None and self.distill.emb_sample is not None:
+        if extra is not None:
             asked.append(extra)
         batch = node_batch(users, candidates, nodes, extra, shared=self.shared(epoch, step, users))
         return StudentBatch(batch, candidates, torch.cat(asked))
@@ -198,11 +198,11 @@ class StudentTask:
         drawn = self.batch(epoch, step).to(self.graph.device)
         batch = drawn.nodes
         table = self.student(batch.rows)  # [n, d]
-        state = self.teacher.state()
-        margin, logits, targets = self.teacher.asked(drawn.asked, drawn.candidates, state, bool(self.distill.list))
+        asked = drawn.asked, drawn.candidates, self.teacher.state()
+        margin, logits, targets = self.teacher.asked(*asked, lists=bool(self.distill.list))
         terms = self._ranking(drawn, table, margin, logits)
         if self.distill.emb:
-            terms["emb"] = self.distill.emb * self._emb(batch, table, targets, state)
+            terms["emb"] = self.distill.emb * self._emb(batch, table, targets)
         torch.stack(list(terms.values())).sum().backward()
         terms = {name: value.detach() for name, value in terms.items()}
         return {**terms, "l2": add_l2(self.student.table, batch, self.settings.l2)}
@@ -224,14 +224,12 @@ class StudentTask:
             )  # fmt: skip
         return terms
 
-    def _emb(self, batch: NodeBatch, table: Tensor, targets: Tensor, state: Tensor | None) -> Tensor:
+    def _emb(self, batch: NodeBatch, table: Tensor, targets: Tensor) -> Tensor:
         if self.distill.emb_sample is not None:
             student = table.index_select(0, batch.extra)
         else:  # every node of the kind, in order
             every = self.distill.emb_nodes == "all"
             student = table if every else table[batch.num_users :]
-            first = 0 if every else self.graph.num_users
-            targets = self.teacher.at(slice(first, self.graph.num_nodes), state)
         return ops.emb_kd_loss(student, targets.to(table.dtype), gamma=self.distill.emb_gamma)
 
     def tables(self) -> tuple[Tensor, Tensor]:
