@@ -1,4 +1,6 @@
 // frozen_teacher on the CPU: the teacher's side of a student's step in one pass forward and one backward.
+#include <new>
+
 #include "cpu/frozen_teacher_kernel.h"
 #include "cpu/losses.h"
 
@@ -76,6 +78,25 @@ Tensor transposed(const FrozenArgs& a, const Tensor& state) {
 
 size_t element_bytes(const FrozenArgs& a) { return a.dtype == DType::f64 ? 8 : 4; }
 
+// A chunk's scratch; without memory the chunk is left out and the op raises when all threads are back, for nothing may
+// be thrown in one of them.
+class Scratch {
+ public:
+  Scratch(const FrozenArgs& a, std::atomic<bool>& failed)
+      : at_(new (std::nothrow) char[frozen_scratch(a, kChunk) * element_bytes(a)]) {
+    if (!at_) failed.store(true);
+  }
+  explicit operator bool() const { return at_ != nullptr; }
+  void* get() const { return at_.get(); }
+
+ private:
+  std::unique_ptr<char[]> at_;
+};
+
+void check_memory(const std::atomic<bool>& failed) {
+  MMKD_CHECK(!failed.load(), "frozen_teacher: out of memory for the scratch of a chunk of samples");
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> frozen_teacher(Tensor content, Tensor design, Tensor ids, Tensor omega,
                                                           Tensor state, Tensor nodes, Tensor candidates,
                                                           int64_t first_item) {
@@ -90,15 +111,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> frozen_teacher(Tensor content, Tensor
   a.targets = targets.mutable_data_ptr();
   a.heads = heads.mutable_data_ptr();
   const int64_t samples = chunks_of(a.batch), all = samples + chunks_of(a.num_targets);
+  std::atomic<bool> failed{false};
   for_chunks(all, [&](int64_t c) {
     if (c < samples) {
-      const std::unique_ptr<char[]> scratch(new char[frozen_scratch(a, kChunk) * element_bytes(a)]);
+      const Scratch scratch(a, failed);
+      if (!scratch) return;
       MMKD_ON_ISA(frozen_samples(a, c * kChunk, std::min(a.batch, (c + 1) * kChunk), scratch.get()));
     } else {
       const int64_t begin = (c - samples) * kChunk;
       MMKD_ON_ISA(frozen_targets(a, begin, std::min(a.num_targets, begin + kChunk)));
     }
   });
+  check_memory(failed);
   return {margin, logits, targets, heads};
 }
 
@@ -135,8 +159,10 @@ Tensor frozen_teacher_backward(OptTensor grad_margin, OptTensor grad_logits, Opt
   Tensor out = empty({a.modalities, a.e, a.d}, content), parts = empty({groups, a.modalities, a.e, a.d}, content);
   const int64_t part_bytes = out.numel() * static_cast<int64_t>(element_bytes(a));
   char* sums = static_cast<char*>(parts.mutable_data_ptr());
+  std::atomic<bool> failed{false};
   for_chunks(groups, [&](int64_t g) {
-    const std::unique_ptr<char[]> scratch(new char[frozen_scratch(a, kChunk) * element_bytes(a)]);
+    const Scratch scratch(a, failed);
+    if (!scratch) return;
     char* sum = sums + g * part_bytes;
     std::fill_n(sum, part_bytes, 0);
     for (int64_t c = all * g / groups; c < all * (g + 1) / groups; ++c) {
@@ -148,6 +174,7 @@ Tensor frozen_teacher_backward(OptTensor grad_margin, OptTensor grad_logits, Opt
       }
     }
   });
+  check_memory(failed);
   if (a.dtype == DType::f64) {
     add_in_order(reinterpret_cast<const double*>(sums), groups, out.numel(), mutable_data<double>(out));
   } else {
