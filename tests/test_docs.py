@@ -9,8 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
 from mmkd.cli import app
@@ -88,3 +90,28 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert "weight of KL(b^T || b^S)" in settings
     api = (tmp_path / "site" / "reference" / "ops" / "index.html").read_text(encoding="utf-8")
     assert 'id="mmkd.ops.emb_kd_loss"' in api
+
+
+TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# in indented lines and in backticks; at least one argument
+INLINE = re.compile(r"(?:^    (?:.*\bdo )?|`)mmkd (\w+ [^`;#\n|&>]*)", re.MULTILINE)
+
+
+def test_commands_in_the_text_parse():
+    """Those outside of fences are not run, but name a command, options and arguments that exist."""
+    group, seen = typer.main.get_command(app), 0
+    for page in TEXTS:
+        for match in INLINE.finditer(page.read_text(encoding="utf-8")):
+            words = shlex.split(re.sub(r"\$\w+|\bN\b", "0", match[1].replace("[", "").replace("]", "")))
+            command = group.get_command(click.Context(group), words[0])
+            if any(word.isupper() for word in words):  # a placeholder
+                continue
+            assert command is not None, f"{page.name}: mmkd {match[1]}"
+            while isinstance(command, click.Group):
+                command, words = command.get_command(click.Context(command), words[1]), words[1:]
+            try:
+                command.make_context(words[0], words[1:])
+            except click.exceptions.ClickException as error:
+                pytest.fail(f"{page.name}: mmkd {match[1]}: {error.format_message()}")
+            seen += 1
+    assert seen > 10
