@@ -24,6 +24,8 @@ OPS = {
     "topk": ("topk",),
     "frozen_teacher": ("frozen_teacher", "frozen_teacher_backward"),
 }
+# off the CPU the doors of these compose library products and other ops
+CPU_ONLY = ("frozen_teacher",)
 ORDER = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
 _said: set[tuple[str, str]] = set()
 
@@ -128,11 +130,11 @@ def report() -> str:
     ]
     for device in ("cpu", "cuda"):
         if device == "cuda" and not torch.cuda.is_available():
-            taken = ", ".join(f"{op} {_AUTO[op, device]}" for op in OPS)
+            taken = ", ".join(f"{op} {_AUTO[op, device]}" for op in OPS if op not in CPU_ONLY)
             lines.append(f"cuda tensors: torch sees no CUDA device; beside one, auto would take: {taken}")
             continue
         lines.append(f"{device} tensors:")
-        for op in OPS:
+        for op in OPS if device == "cpu" else [op for op in OPS if op not in CPU_ONLY]:
             used = _AUTO[op, device]
             others = "; ".join(
                 f"{i}: {why_not(op, i, device) or 'available'}" for i in IMPLS[1:] if i != used and i != "reference"

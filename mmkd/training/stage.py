@@ -310,7 +310,7 @@ class Stage:
                         f"Go on with: mmkd train --resume --out {self.folder.path}"
                     )
         means = {name: float(value) / self.steps for name, value in sums.items()}
-        return {"loss": sum(means.values()), **means}
+        return {"loss": math.fsum(means.values()), **means}  # a resumed epoch has its terms in another order
 
     def _profiler(self) -> StepProfiler:
         """The profiler of this stage's first epoch here, if one is asked for."""
