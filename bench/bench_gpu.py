@@ -177,7 +177,7 @@ def measure(work: Work, dtype: torch.dtype, cuda=torch.cuda) -> harness.Row:
     ours = turns.pop("ours")
     return harness.compare(
         work.op, work.case, ours, turns, moved_bytes=work.moved_bytes, flops=work.flops, memory=True, rounds=gpu.ROUNDS,
-        interleaved=lambda functions, rounds, warmup: gpu.interleaved(functions, rounds, cuda=cuda),
+        clock=lambda functions, rounds, warmup: gpu.interleaved(functions, rounds, cuda=cuda),
         peak=lambda fn: gpu.peak_extra_mb(fn, cuda=cuda),
     )  # fmt: skip
 

@@ -51,10 +51,8 @@ def measure(folder: Path, factor: int) -> None:
             continue
         student = {"batch_size": batch, "layers": 2}
         data = {"path": str(folder / f"netflix-x{factor}"), "format": "npz"}
-        teacher = {
-            "layers": 2,
-            "neighbors": 0,
-        }  # its graphs take I^2 products once, and are gone when the student begins
+        # neighbour graphs take I^2 products once and are gone when the student begins
+        teacher = {"layers": 2, "neighbors": 0}
         settings = load_config({"dim": DIM, "data": data, "student": student, "teacher": teacher, "threads": 2})
         found[name] = compactness(settings, STEPS, ("student",))
     write_json(folder / f"growth-{factor}.json", {"machine": machine(), "factor": factor, **found})

@@ -19,7 +19,8 @@ from mmkd.memory import release
 
 ROUNDS = int(os.environ.get("MMKD_BENCH_ROUNDS", "10"))
 CALLS = 4  # timed calls of a turn, after one that is kept apart
-SLOW_MS = 100.0  # what takes longer has one timed call a turn
+SLOW_MS = 100.0  # what takes longer has only as many as make up
+LEAST = 20  # timed calls in all
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -67,7 +68,7 @@ def interleaved(
     """Milliseconds of each function, called in turn so that a drift of the machine hits all of them.
 
     Args:
-        calls: timed calls of a turn (one where a call takes over 100 ms).
+        calls: timed calls of a turn; where one takes over 100 ms, as few as make 20 in all rounds.
         first: if given, every turn begins with one more call, kept here: it pays for what the function before it did to
             the caches and the allocator, which is most of the time of a call that is itself over in a fraction of a millisecond.
     """
@@ -75,7 +76,7 @@ def interleaved(
     for name, fn in functions.items():
         for _ in range(warmup):
             last = _once(fn)
-        per_turn[name] = 1 if warmup and last > SLOW_MS else calls
+        per_turn[name] = min(calls, -(-LEAST // rounds)) if warmup and last > SLOW_MS else calls
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, fn in functions.items():
@@ -83,9 +84,6 @@ def interleaved(
                 first.setdefault(name, []).append(_once(fn))
             times[name] += [_once(fn) for _ in range(per_turn[name])]
     return times
-
-
-in_turns = interleaved
 
 
 def peak_extra_mb(fn: Callable[[], object]) -> float:
@@ -158,17 +156,18 @@ def compare(
     repeats: int = 1,
     calls: int = CALLS,
     memory: bool = False,
-    interleaved: Callable[..., dict[str, list[float]]] | None = None,
+    clock: Callable[..., dict[str, list[float]]] | None = None,
     peak: Callable[[Callable[[], object]], float] = peak_extra_mb,
 ) -> Row:
-    """Measures and records one row. A rival given as None is listed as absent. On a GPU `bench/gpu.py` is the clock.
+    """Measures and records one row. A rival given as None is listed as absent. `clock`: times the functions in turn in
+    place of :func:`interleaved`; on a GPU it is that of `bench/gpu.py`.
     `repeats`: how many steps one call of ours does. `calls`: timed calls of a turn, after one kept apart; 1: none apart."""
     present = {name: fn for name, fn in rivals.items() if fn is not None}
     functions, first = {"ours": ours, **present}, {}
-    if interleaved is not None:
-        times = interleaved(functions, rounds, warmup)
+    if clock is not None:
+        times = clock(functions, rounds, warmup)
     else:
-        times = in_turns(functions, rounds, warmup, calls, first if calls > 1 else None)
+        times = interleaved(functions, rounds, warmup, calls, first if calls > 1 else None)
     times["ours"] = [t / repeats for t in times["ours"]]
     median = {name: statistics.median(t) for name, t in times.items()}
     quartiles = statistics.quantiles(times["ours"], n=4) if len(times["ours"]) > 1 else [0, 0, 0]

@@ -84,14 +84,14 @@ class FrozenTeacher(nn.Module):
         parts = prompt_parts(self.prompt.design, stacked, list(self.mixed), list(self.grams))  # [I, M d]
         return self.content + self.strength * self._everywhere(parts)
 
-    def at(self, nodes: Tensor | slice, state: Tensor | None) -> Tensor:
-        """``F^m`` at node ids ``[n]`` or a range of them, ``[M, n, d]``."""
+    def at(self, nodes: Tensor, state: Tensor | None) -> Tensor:
+        """``F^m`` at node ids ``[n]``, ``[M, n, d]``."""
         if self.norm == "row" and state is not None:
-            return _pick(state, 1, nodes)
-        constant = _pick(self.content, 1, nodes)
+            return state.index_select(1, nodes)
+        constant = self.content.index_select(1, nodes)
         if state is None:
             return constant
-        return torch.baddbmm(constant, _pick(self.design, 0, nodes).expand(self.modalities, -1, -1), state)
+        return torch.baddbmm(constant, self.design.index_select(0, nodes).expand(self.modalities, -1, -1), state)
 
     def asked(
         self, nodes: Tensor, candidates: Tensor, state: Tensor | None, lists: bool = True
@@ -99,12 +99,13 @@ class FrozenTeacher(nn.Module):
         """What a step of the student takes from the teacher.
 
         Args:
-            nodes: int64 `[3B + n]`: users, observed items, negatives, then nodes whose features are wanted.
-            candidates: item ids `[B, K]`.
+            nodes: int64 ``[3B + n]``: users, observed items, negatives, then nodes whose features are wanted.
+            candidates: int64 ``[B, K]``, item ids.
+            state: of :func:`state`.
             lists: whether logits are wanted.
 
         Returns:
-            `E^T_u . (E^T_pos - E^T_neg)`, `[B]`; logits `[M, B, K]` or None; `F` of the last n nodes, `[M, n, d]`.
+            ``E^T_u . (E^T_pos - E^T_neg)``, ``[B]``; logits ``[M, B, K]`` or None; ``F`` of the last n nodes, ``[M, n, d]``.
         """
         if self.norm == "mean" and state is not None:
             constants = (self.content, self.design, self.ids, self.omega)
@@ -138,9 +139,3 @@ class FrozenTeacher(nn.Module):
         features = self.at(rows, self.state())
         joint, ids = self.combine(rows, features), self.ids.index_select(0, rows)
         return TeacherOutput(joint, ids, features[:, :num_users], features[:, num_users:])
-
-
-def _pick(table: Tensor, dim: int, rows: Tensor | slice) -> Tensor:
-    if isinstance(rows, Tensor):
-        return table.index_select(dim, rows)
-    return table.narrow(dim, rows.start, rows.stop - rows.start)
