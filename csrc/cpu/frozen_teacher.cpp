@@ -1,8 +1,7 @@
 // frozen_teacher on the CPU: the teacher's side of a student's step in one pass forward and one backward.
-#include "cpu/frozen_teacher_kernel.h"
-
 #include <new>
 
+#include "cpu/frozen_teacher_kernel.h"
 #include "cpu/losses.h"
 
 namespace mmkd {
