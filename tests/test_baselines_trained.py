@@ -14,11 +14,12 @@ from mmkd.config import Config, ConfigError, load_config
 from mmkd.data import synthetic
 from mmkd.evaluation import evaluate, evaluate_scores
 from mmkd.models.baselines import NAMES, TITLES, TRAINED, Popularity
-from mmkd.models.baselines.base import dropout, in_batch_nce
+from mmkd.models.baselines.base import dropout, in_batch_nce, unit_rows
 from mmkd.models.features import FeatureTable
 from mmkd.models.lightgcn import initial_table
 from mmkd.models.student import ENCODERS
 from mmkd.training.baseline_task import BaselineTask
+from mmkd.training.stage import node_batch
 
 QUICK = {"lr": 2e-2, "batch_size": 512, "epochs": 25}
 OWN = {
@@ -84,6 +85,39 @@ def test_evaluation_is_free_of_dropout_and_of_held_out_items(name, planted):
     assert model.graph.num_edges == planted.train.nnz
 
 
+@pytest.mark.parametrize("name", TRAINED)
+def test_vectors_of_some_nodes_are_those_of_all(name, planted):
+    for settings in ({}, {"layers": 1} if "layers" in TRAINED[name].Settings.model_fields else {}):
+        model = build(name, planted, **settings)
+        for parameter in model.parameters():  # VBPR's biases start at 0
+            parameter.data.add_(0.1 * torch.rand(parameter.shape, generator=torch.Generator().manual_seed(2)))
+        every, nodes = model.vectors(), torch.tensor([0, 3, 149, 150, 151, 269])
+        torch.testing.assert_close(model.vectors(nodes=nodes), every[nodes], rtol=1e-5, atol=1e-6)
+        weights = torch.randn(6, every.shape[1], generator=torch.Generator().manual_seed(3))
+        for parameter, full, some in zip(
+            model.parameters(),
+            torch.autograd.grad((every[nodes] * weights).sum(), list(model.parameters()), allow_unused=True),
+            torch.autograd.grad(
+                (model.vectors(nodes=nodes) * weights).sum(), list(model.parameters()), allow_unused=True
+            ),
+            strict=True,
+        ):
+            assert (full is None) == (some is None), parameter.shape
+            if full is not None:
+                torch.testing.assert_close(some, full, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["vbpr", "mmgcn", "grcn"])
+def test_the_l2_term_is_that_of_the_batch_s_rows(name, planted):
+    model = build(name, planted, l2=0.5)
+    users, candidates = torch.tensor([3, 3, 8]), torch.tensor([[1, 5], [2, 5], [5, 9]])
+    found = model.l2(node_batch(users, candidates, 150))
+    free_users = [model.split(model.table)[0], *model.user_rows(torch.arange(150))]
+    free_items = [model.split(model.table)[1], *model.item_rows(torch.arange(120))]
+    truth = sum(t[users].square().sum() for t in free_users) + sum(t[candidates].square().sum() for t in free_items)
+    torch.testing.assert_close(found, 0.5 * 0.5 / 3 * truth)
+
+
 def test_ngcf_against_dense_algebra(planted):
     model = build("ngcf", planted, layers=2)
     adjacency = np.zeros((270, 270))
@@ -95,7 +129,7 @@ def test_ngcf_against_dense_algebra(planted):
     for own, affinity in zip(model.own, model.affinity, strict=True):
         x = torch.nn.functional.leaky_relu((laplacian @ x + x) @ own + (laplacian @ x * x) @ affinity, 0.2)
         layers.append(torch.nn.functional.normalize(x, dim=1))
-    torch.testing.assert_close(torch.cat(model.encode()), torch.cat(layers, 1), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(model.vectors(), torch.cat(layers, 1), rtol=1e-4, atol=1e-6)
 
 
 def test_vbpr_scores_are_equation_4(planted):
@@ -131,6 +165,18 @@ def test_grcn_affinities_are_a_softmax_over_neighbours(planted):
         start, end = int(g.rowptr[row]), int(g.rowptr[row + 1])
         truth = (nodes[row] @ nodes[g.col[start:end].long()].T).softmax(0)
         torch.testing.assert_close(weights[start:end], truth)
+
+
+def test_unit_rows_are_those_of_torch():
+    x = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x[2] = 0
+    found, truth = x.clone().requires_grad_(), x.clone().requires_grad_()
+    torch.testing.assert_close(unit_rows(found), torch.nn.functional.normalize(truth, dim=1))
+    weights = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    (unit_rows(found) * weights).sum().backward()
+    (torch.nn.functional.normalize(truth, dim=1) * weights).sum().backward()
+    torch.testing.assert_close(found.grad, truth.grad)
+    assert torch.autograd.gradcheck(unit_rows, x[:2].clone().requires_grad_())
 
 
 def test_dropout_and_info_nce():

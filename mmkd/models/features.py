@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator, Sequence
 
@@ -68,6 +69,15 @@ class FeatureTable:
     @property
     def width(self) -> int:
         return self.values.shape[1]
+
+    def take(self, items: Tensor) -> FeatureTable:
+        """The table of these rows alone, prepared with the constants of the whole; `items` int64 `[n]`, ascending, each once."""
+        if len(items) == self.num_items:
+            return self
+        part = copy.copy(self)
+        part.values = self.values.index_select(0, items)
+        part.row_scale = None if self.row_scale is None else self.row_scale.index_select(0, items)
+        return part
 
     def to(self, device: torch.device | str) -> FeatureTable:
         """Moves the table in place."""

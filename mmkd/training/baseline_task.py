@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mmkd.data import Dataset
 from mmkd.models.baselines import Baseline
-from mmkd.training.stage import batches, seeded, to_tensors
+from mmkd.training.stage import Ahead, NodeBatch, batches, node_batch, seeded, to_tensors
 
 
 class BaselineTask:
@@ -16,7 +16,11 @@ class BaselineTask:
     def __init__(self, name: str, model: Baseline, dataset: Dataset, seed: int) -> None:
         self.name, self.model, self.seed = name, model, seed
         self.sampler = batches(dataset, model.settings, model.negatives, seed, model.settings.draw)
+        self.batch = Ahead(self._batch, self.sampler.num_steps)
         self._epoch: int | None = None
+
+    def _batch(self, epoch: int, step: int) -> NodeBatch:
+        return node_batch(*to_tensors(self.sampler.batch(epoch, step)), self.model.graph.num_users)
 
     def optimizer(self) -> torch.optim.Optimizer:
         rest = [p for name, p in self.model.named_parameters() if name != "table"]
@@ -29,10 +33,9 @@ class BaselineTask:
         if epoch != self._epoch:
             self.model.begin_epoch(epoch)
             self._epoch = epoch
-        device = self.model.graph.device
-        users, candidates = (t.to(device) for t in to_tensors(self.sampler.batch(epoch, step)))
-        terms = self.model.loss(users, candidates, seeded(self.seed, epoch, step, tag=7))
-        terms["l2"] = self.model.l2(users, candidates)
+        batch = self.batch(epoch, step).to(self.model.graph.device)
+        terms = self.model.loss(batch, seeded(self.seed, epoch, step, tag=7))
+        terms["l2"] = self.model.l2(batch)
         torch.stack(list(terms.values())).sum().backward()
         return {name: value.detach() for name, value in terms.items()}
 

@@ -77,6 +77,10 @@ class NodeBatch:
     def neg(self) -> Tensor:
         return self.candidates[:, 1]
 
+    def split(self, table: Tensor) -> tuple[Tensor, Tensor]:
+        """A table `[n, w]` of `rows` as its users and its items."""
+        return table.split([self.num_users, table.shape[0] - self.num_users])
+
     def to(self, device: torch.device) -> NodeBatch:
         """The same batch on `device`."""
         if device.type == "cpu":

@@ -24,10 +24,6 @@ def _adamw(groups: list[dict], lr: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=lr, weight_decay=0.0, fused=True)
 
 
-def _split(table: Tensor, batch: NodeBatch) -> tuple[Tensor, Tensor]:
-    return table.split([batch.num_users, table.shape[0] - batch.num_users])
-
-
 class LightGCNTask:
     """`L = ranking + L2` on a plain LightGCN; the ranking loss is BPR (spec section 4) unless negatives are shared."""
 
@@ -49,7 +45,7 @@ class LightGCNTask:
 
     def step(self, epoch: int, step: int) -> dict[str, Tensor]:
         batch = self.batch(epoch, step).to(self.graph.device)
-        users, items = _split(self.model(batch.rows), batch)
+        users, items = batch.split(self.model(batch.rows))
         ranking = ranking_loss(users, items, batch)
         ranking.backward()
         return {"ranking": ranking.detach(), "l2": add_l2(self.model.table, batch, self.settings.l2)}
@@ -103,7 +99,7 @@ class TeacherTask:
         batch, mask = self.batch(epoch, step)
         batch = batch.to(self.graph.device)
         out = self.model(batch.rows, batch.num_users, None if mask is None else mask.to(self.graph.device))
-        terms = {"ranking": ranking_loss(*_split(out.joint, batch), batch)}
+        terms = {"ranking": ranking_loss(*batch.split(out.joint), batch)}
         if self.settings.modality_loss:
             heads = [ranking_loss(u, i, batch) for u, i in zip(out.users, out.items, strict=True)]
             terms["modalities"] = self.settings.modality_loss * torch.stack(heads).sum()
@@ -209,7 +205,7 @@ class StudentTask:
 
     def _ranking(self, drawn: StudentBatch, table: Tensor, margin: Tensor, logits: Tensor | None) -> dict[str, Tensor]:
         d, batch = self.distill, drawn.nodes
-        users, items = _split(table, batch)
+        users, items = batch.split(table)
         terms = {}
         if d.pair:  # BPR comes with it
             where = (batch.users, batch.pos, batch.neg)

@@ -47,26 +47,28 @@ class BM3(Baseline):
         bound = fan_in**-0.5
         return nn.Parameter(torch.empty(self.dim).uniform_(-bound, bound, generator=self.generator))
 
-    def _online(self) -> tuple[Tensor, Tensor]:
-        users, items = self.split(ops.propagate(self.graph, self.table, self.settings.layers))
-        return users, items + self.split(self.table)[1]
+    def _online(self, nodes: Tensor | None) -> Tensor:
+        """`H`, items with their layer 0 added, of `nodes` (of all where None)."""
+        hidden = ops.propagate(self.graph, self.table, self.settings.layers, rows=nodes)
+        users, items = self.sides(nodes)
+        residual = self.split(self.table)[1]
+        return torch.cat([hidden[: len(users)], hidden[len(users) :] + residual.index_select(0, items)])
 
     def _predict(self, x: Tensor) -> Tensor:
         return torch.addmm(self.predict_bias, x, self.predict_weight)
 
-    def encode(self, generator=None) -> tuple[Tensor, Tensor]:
-        users, items = self._online()
-        return self._predict(users), self._predict(items)
+    def vectors(self, generator=None, nodes=None) -> Tensor:
+        return self._predict(self._online(nodes))
 
-    def loss(self, users, candidates, generator) -> dict[str, Tensor]:
-        observed = candidates[:, 0]
-        every_user, every_item = self._online()
-        user, item = every_user.index_select(0, users), every_item.index_select(0, observed)
+    def loss(self, batch, generator) -> dict[str, Tensor]:
+        users, items = batch.split(self._online(batch.rows))
+        user, item = users.index_select(0, batch.users), items.index_select(0, batch.pos)
         target_user, target_item = self._target(user, generator), self._target(item, generator)
         rec = _distance(self._predict(user), target_item) + _distance(self._predict(item), target_user)
         terms = {"rec": rec}
         parts = zip(self.features, self.project, self.offset, strict=True)
-        content = [(table.project(w) + b).index_select(0, observed) for table, w, b in parts]
+        asked = self.sides(batch.rows)[1]
+        content = [(table.take(asked).project(w) + b).index_select(0, batch.pos) for table, w, b in parts]
         align = [_distance(self._predict(x), target_item) for x in content]
         mask = [_distance(self._predict(x), self._target(x, generator)) for x in content]
         terms["align"] = self.settings.cl_weight * torch.stack(align).sum()

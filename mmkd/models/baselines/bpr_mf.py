@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 from torch import Tensor
 
-from mmkd.models.baselines.base import Baseline, BaselineConfig
+from mmkd.models.baselines.base import Baseline, BaselineConfig, take
 
 
 class BPRMFConfig(BaselineConfig):
@@ -19,5 +19,5 @@ class BPRMF(Baseline):
 
     Settings = BPRMFConfig
 
-    def encode(self, generator=None) -> tuple[Tensor, Tensor]:
-        return self.split(self.table)
+    def vectors(self, generator=None, nodes=None) -> Tensor:
+        return take(self.table, nodes)

@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mmkd import ops
-from mmkd.models.baselines.base import Baseline, BaselineConfig
+from mmkd.models.baselines.base import Baseline, BaselineConfig, take, unit_rows
 
 
 class CLCRecConfig(BaselineConfig):
@@ -39,25 +39,26 @@ class CLCRec(Baseline):
         cold = graph.degree[graph.num_users :] == 0
         self.register_buffer("cold", cold[:, None], persistent=False)
 
-    def _content(self) -> Tensor:
-        """`f_i`, unit length, `[I, d]`."""
+    def _content(self, items: Tensor) -> Tensor:
+        """`f_i` of these items, unit length, `[n, d]`."""
         parts = self.first.split([table.width for table in self.features])
-        hidden = sum(table.project(part) for table, part in zip(self.features, parts, strict=True))
-        return nn.functional.normalize(nn.functional.leaky_relu(hidden) @ self.second, dim=1)
+        hidden = sum(table.take(items).project(part) for table, part in zip(self.features, parts, strict=True))
+        return unit_rows(nn.functional.leaky_relu(hidden) @ self.second)
 
-    def encode(self, generator=None) -> tuple[Tensor, Tensor]:
-        users, items = (nn.functional.normalize(part, dim=1) for part in self.split(self.table))
-        return users, torch.where(self.cold, self._content(), items)
+    def vectors(self, generator=None, nodes=None) -> Tensor:
+        unit = unit_rows(take(self.table, nodes))
+        users, items = self.sides(nodes)
+        warm = unit[len(users) :]
+        return torch.cat([unit[: len(users)], torch.where(self.cold[items], self._content(items), warm)])
 
-    def loss(self, users, candidates, generator) -> dict[str, Tensor]:
-        user_emb, item_emb = (nn.functional.normalize(part, dim=1) for part in self.split(self.table))
-        content = self._content()
+    def loss(self, batch, generator) -> dict[str, Tensor]:
+        user_emb, item_emb = batch.split(unit_rows(take(self.table, batch.rows)))
+        content = self._content(self.sides(batch.rows)[1])
         feature_side = torch.rand(content.shape[0], 1, generator=generator).to(content.device) < self.settings.replaced
         mixed = torch.where(feature_side, content, item_emb)
         share, tau = self.settings.embed_weight, self.settings.temperature
-        observed = candidates[:, 0]
-        embed = ops.list_scores(item_emb, content, observed, candidates) / tau
-        rank = ops.list_scores(user_emb, mixed, users, candidates) / tau
+        embed = ops.list_scores(item_emb, content, batch.pos, batch.candidates) / tau
+        rank = ops.list_scores(user_emb, mixed, batch.users, batch.candidates) / tau
         return {
             "embed": -share * embed.log_softmax(1)[:, 0].mean(),
             "user": -(1 - share) * rank.log_softmax(1)[:, 0].mean(),

@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mmkd import ops
-from mmkd.models.baselines.base import Baseline, BaselineConfig
+from mmkd.models.baselines.base import Baseline, BaselineConfig, take, unit_rows
 from mmkd.models.lightgcn import initial_table
 
 
@@ -53,13 +53,13 @@ class GRCN(Baseline):
         """Edge weights `[2E]` of the refined graph, and every modality's `[p_u; v_i]`, `[N, d]`."""
         weights, contents, g = [], [], self.graph
         for index, (table, project) in enumerate(zip(self.features, self.project, strict=True)):
-            items = nn.functional.normalize(nn.functional.leaky_relu(table.project(project)), dim=1)
-            users = nn.functional.normalize(self.prototype[index], dim=1)
+            items = unit_rows(nn.functional.leaky_relu(table.project(project)))
+            users = unit_rows(self.prototype[index])
             for _ in range(self.settings.routings):
                 nodes = torch.cat([users, items])
                 weight, total = self._affinity(nodes)
                 gathered = ops.spmm(g.rowptr, g.col, nodes, weight) / total
-                users = nn.functional.normalize(users + gathered[: g.num_users], dim=1)
+                users = unit_rows(users + gathered[: g.num_users])
             nodes = torch.cat([users, items])
             contents.append(nodes)
             weight, total = self._affinity(nodes)
@@ -67,13 +67,13 @@ class GRCN(Baseline):
             weights.append(weight * ops.sddmm(g.rowptr, g.col, confidence, self.ones))
         return torch.stack(weights).max(0).values.relu(), contents
 
-    def user_tables(self):
-        return self.prototype
+    def user_rows(self, users):
+        return [table.index_select(0, users) for table in self.prototype]
 
-    def encode(self, generator=None) -> tuple[Tensor, Tensor]:
+    def vectors(self, generator=None, nodes=None) -> Tensor:
         weight, contents = self._refine()
         x = total = self.table
         for _ in range(self.settings.layers):
             x = ops.spmm(self.graph.rowptr, self.graph.col, x, weight)
             total = total + x
-        return self.split(torch.cat([total, *contents], dim=1))
+        return torch.cat([take(part, nodes) for part in (total, *contents)], dim=1)

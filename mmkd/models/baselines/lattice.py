@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mmkd import ops
-from mmkd.models.baselines.base import Baseline, BaselineConfig
+from mmkd.models.baselines.base import Baseline, BaselineConfig, take, unit_rows
 
 
 class LATTICEConfig(BaselineConfig):
@@ -37,7 +37,7 @@ class LATTICE(Baseline):
         self.project = nn.ParameterList(self.dense(table.width, dim) for table in self.features)
         self.offset = nn.ParameterList(nn.Parameter(torch.zeros(dim)) for _ in self.features)
         self.importance = nn.Parameter(torch.full((len(self.features),), 1.0 / len(self.features)))
-        self.initial = [self._similar(nn.functional.normalize(table.prepared(), dim=1)) for table in self.features]
+        self.initial = [self._similar(unit_rows(table.prepared())) for table in self.features]
         self.learned: list[Tensor] = []
 
     def _similar(self, unit: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,28 +59,30 @@ class LATTICE(Baseline):
 
     def _projected(self) -> list[Tensor]:
         parts = zip(self.features, self.project, self.offset, strict=True)
-        return [nn.functional.normalize(table.project(w) + b, dim=1) for table, w, b in parts]
+        return [unit_rows(table.project(w) + b) for table, w, b in parts]
 
-    def _convolve(self, x: Tensor) -> Tensor:
-        """`A x` for items `[I, d]`, modality by modality; the mixture itself is never built."""
+    def _convolve(self, x: Tensor, items: Tensor | None) -> Tensor:
+        """`A x` at `items` (all where None) for `[I, d]`, modality by modality; the mixture itself is never built."""
         if not self.learned:
             self.begin_epoch(0)
         total, share = 0.0, self.settings.initial_share
         units = self._projected()
         for m, weight in enumerate(self.importance.softmax(0).unbind()):
-            ids, values = self.initial[m]
             learned = self._weights(units[m], self.learned[m])
-            total = total + weight * (
-                share * _gather(ids, values, x) + (1 - share) * _gather(self.learned[m], learned, x)
+            fixed, moving = (
+                _gather(take(ids, items), take(values, items), x)
+                for ids, values in (self.initial[m], (self.learned[m], learned))
             )
+            total = total + weight * (share * fixed + (1 - share) * moving)
         return total
 
-    def encode(self, generator=None) -> tuple[Tensor, Tensor]:
-        users, items = self.split(ops.propagate(self.graph, self.table, self.settings.layers))
+    def vectors(self, generator=None, nodes=None) -> Tensor:
+        own = ops.propagate(self.graph, self.table, self.settings.layers, rows=nodes)
+        users, items = self.sides(nodes)
         hidden = self.split(self.table)[1]
-        for _ in range(self.settings.item_layers):
-            hidden = self._convolve(hidden)
-        return users, items + nn.functional.normalize(hidden, dim=1)
+        for layer in range(1, self.settings.item_layers + 1):
+            hidden = self._convolve(hidden, items if layer == self.settings.item_layers else None)
+        return torch.cat([own[: len(users)], own[len(users) :] + unit_rows(hidden)])
 
 
 def _gather(ids: Tensor, values: Tensor, x: Tensor) -> Tensor:

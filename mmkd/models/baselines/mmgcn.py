@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mmkd import ops
-from mmkd.models.baselines.base import Baseline, BaselineConfig
+from mmkd.models.baselines.base import Baseline, BaselineConfig, take, unit_rows
 from mmkd.models.lightgcn import initial_table
 
 
@@ -50,8 +50,8 @@ class MMGCN(Baseline):
         )  # W1, W2, W3
         self.register_buffer("inverse_degree", graph.degree.clamp(min=1).float().reciprocal(), persistent=False)
 
-    def user_tables(self):
-        return self.preference
+    def user_rows(self, users):
+        return [table.index_select(0, users) for table in self.preference]
 
     def _gathered(self, x: Tensor) -> Tensor:
         """The neighbours of every node as one vector, `[N, d]`."""
@@ -60,15 +60,21 @@ class MMGCN(Baseline):
         scale = self.inverse_degree if self.settings.aggregate == "mean" else None
         return ops.spmm(self.graph.rowptr, self.graph.col, x, row_scale=scale)
 
-    def encode(self, generator=None) -> tuple[Tensor, Tensor]:
-        total, layer = 0.0, 0
-        for table, weight, preference in zip(self.features, self.project, self.preference, strict=True):
-            content = nn.functional.normalize(table.project(weight), dim=1)
-            x = torch.cat([nn.functional.normalize(preference, dim=1), content])  # [N, d]
-            for _ in range(self.settings.layers):
-                hidden = nn.functional.leaky_relu(self._gathered(x) @ self.aggregate[layer])
-                own = nn.functional.leaky_relu(x @ self.transform[layer]) + self.table
-                x = nn.functional.leaky_relu(hidden @ self.combine[layer] + own)
-                layer += 1
+    def vectors(self, generator=None, nodes=None) -> Tensor:
+        total = 0.0
+        for m, (table, weight, preference) in enumerate(zip(self.features, self.project, self.preference, strict=True)):
+            content = unit_rows(table.project(weight))
+            x = torch.cat([unit_rows(preference), content])  # [N, d]
+            for layer in range(1, self.settings.layers + 1):
+                x = self._layer(
+                    x, m * self.settings.layers + layer - 1, nodes if layer == self.settings.layers else None
+                )
             total = total + x
-        return self.split(total)
+        return total
+
+    def _layer(self, x: Tensor, index: int, nodes: Tensor | None) -> Tensor:
+        """The next layer's vectors of `nodes` (of all where None) from this one's `[N, d]`."""
+        gathered, x, ids = take(self._gathered(x), nodes), take(x, nodes), take(self.table, nodes)
+        hidden = nn.functional.leaky_relu(gathered @ self.aggregate[index])
+        own = nn.functional.leaky_relu(x @ self.transform[index]) + ids
+        return nn.functional.leaky_relu(hidden @ self.combine[index] + own)

@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from mmkd.models.baselines.base import Baseline, BaselineConfig, dropout
+from mmkd.models.baselines.base import Baseline, BaselineConfig, dropout, take, unit_rows
 
 
 class NGCFConfig(BaselineConfig):
@@ -30,11 +30,15 @@ class NGCF(Baseline):
         self.own = nn.ParameterList(self.dense(dim, dim) for _ in range(settings.layers))  # W1
         self.affinity = nn.ParameterList(self.dense(dim, dim) for _ in range(settings.layers))  # W2
 
-    def encode(self, generator=None) -> tuple[Tensor, Tensor]:
-        x, layers = self.table, [self.table]
-        for own, affinity in zip(self.own, self.affinity, strict=True):
+    def vectors(self, generator=None, nodes=None) -> Tensor:
+        x, layers = self.table, [take(self.table, nodes)]
+        for layer, (own, affinity) in enumerate(zip(self.own, self.affinity, strict=True), start=1):
             neighbours = self.adjacency(x)  # [N, d]
+            last = layer == self.settings.layers
+            if last:
+                neighbours, x = take(neighbours, nodes), take(x, nodes)
             message = (neighbours + x) @ own + (neighbours * x) @ affinity
             x = dropout(nn.functional.leaky_relu(message, 0.2), self.settings.dropout, generator)
-            layers.append(nn.functional.normalize(x, dim=1))  # the authors' code does; Eq. 9 is silent
-        return self.split(torch.cat(layers, dim=1))
+            kept = x if last else take(x, nodes)
+            layers.append(unit_rows(kept))  # the authors' code does; Eq. 9 is silent
+        return torch.cat(layers, dim=1)

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mmkd import ops
-from mmkd.models.baselines.base import Baseline, BaselineConfig, in_batch_nce
+from mmkd.models.baselines.base import Baseline, BaselineConfig, in_batch_nce, unit_rows
 
 
 class SLMRecConfig(BaselineConfig):
@@ -44,16 +44,13 @@ class SLMRec(Baseline):
         self.onward = nn.ParameterList(self.dense(dim, dim) for _ in range(count))  # P
         self.meet = nn.ParameterList(self.dense(dim, dim) for _ in range(count))  # Q
 
-    def _views(self) -> list[tuple[Tensor, Tensor]]:
-        """Users and items of the ids and of every modality."""
+    def _views(self, nodes: Tensor | None) -> list[Tensor]:
+        """The ids' and every modality's vectors of `nodes` (of all where None), `[n, d]` each."""
         users = self.split(self.table)[0]
-        content = [
-            nn.functional.normalize(table.project(w), dim=1)
-            for table, w in zip(self.features, self.project, strict=True)
-        ]
+        content = [unit_rows(table.project(w)) for table, w in zip(self.features, self.project, strict=True)]
         starts = [self.table, *(torch.cat([users, x]) for x in content)]
-        stacked = ops.propagate(self.graph, torch.cat(starts, dim=1), self.settings.layers)
-        return [self.split(view) for view in stacked.chunk(len(starts), dim=1)]
+        stacked = ops.propagate(self.graph, torch.cat(starts, dim=1), self.settings.layers, rows=nodes)
+        return list(stacked.chunk(len(starts), dim=1))
 
     def _fused(self, views: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         sides = zip(*views, strict=True)
@@ -61,12 +58,13 @@ class SLMRec(Baseline):
         users, items = (torch.addmm(b, torch.cat(side, dim=1), w) for side, w, b in parts)
         return users, items
 
-    def encode(self, generator=None) -> tuple[Tensor, Tensor]:
-        return self._fused(self._views())
+    def vectors(self, generator=None, nodes=None) -> Tensor:
+        first = len(self.sides(nodes)[0])
+        return torch.cat(self._fused([(view[:first], view[first:]) for view in self._views(nodes)]))
 
-    def loss(self, users, candidates, generator) -> dict[str, Tensor]:
-        views, observed = self._views(), candidates[:, 0]
-        picked = [(own.index_select(0, users), items.index_select(0, observed)) for own, items in views]
+    def loss(self, batch, generator) -> dict[str, Tensor]:
+        views = [batch.split(view) for view in self._views(batch.rows)]
+        picked = [(own.index_select(0, batch.users), items.index_select(0, batch.pos)) for own, items in views]
         main = in_batch_nce(*self._fused(picked), self.settings.temperature)
         (_, own), *modalities = picked
         ssl = []

@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from mmkd.models.baselines.base import Baseline, BaselineConfig
+from mmkd.models.baselines.base import Baseline, BaselineConfig, take
 from mmkd.models.features import FeatureTable
 
 
@@ -33,24 +33,25 @@ class VBPR(Baseline):
         self.visual_bias = nn.ParameterList(nn.Parameter(torch.zeros(table.width, 1)) for table in self.features)  # β'
         self.bias = nn.Parameter(torch.zeros(graph.num_items, 1))  # β
 
-    def user_tables(self):
-        return self.taste
+    def user_rows(self, users):
+        return [table.index_select(0, users) for table in self.taste]
 
-    def item_tables(self):
+    def item_rows(self, items):
         """The content factors are held like the ids: `E` itself is too small a part of the model for its norm to matter."""
-        content, bias = self._content()
-        return *content, bias
+        return [self._content(items)]
 
-    def encode(self, generator=None) -> tuple[Tensor, Tensor]:
-        users, items = self.split(self.table)
-        content, bias = self._content()
-        ones = users.new_ones(users.shape[0], 1)
-        return torch.cat([users, *self.taste, ones], 1), torch.cat([items, *content, bias], 1)
+    def vectors(self, generator=None, nodes=None) -> Tensor:
+        users, items = self.sides(nodes)
+        ids = take(self.table, nodes)
+        tastes = torch.cat([*self.user_rows(users), ids.new_ones(len(users), 1)], 1)
+        return torch.cat([ids, torch.cat([tastes, self._content(items)])], 1)
 
-    def _content(self) -> tuple[list[Tensor], Tensor]:
-        """`E f_i` of every modality, `[I, d]`, and the bias `β_i + β' . f_i`, `[I, 1]`."""
-        content = [self._unit(table, weight) for table, weight in zip(self.features, self.embedding, strict=True)]
-        return content, self.bias + sum(self._unit(t, w) for t, w in zip(self.features, self.visual_bias, strict=True))
+    def _content(self, items: Tensor) -> Tensor:
+        """`E f_i` of every modality and the bias `β_i + β' . f_i` of these items, `[n, M d + 1]`."""
+        tables = [table.take(items) for table in self.features]
+        parts = [self._unit(table, weight) for table, weight in zip(tables, self.embedding, strict=True)]
+        content = [self._unit(table, weight) for table, weight in zip(tables, self.visual_bias, strict=True)]
+        return torch.cat([*parts, self.bias.index_select(0, items) + sum(content)], 1)
 
     @staticmethod
     def _unit(table: FeatureTable, weight: Tensor) -> Tensor:
