@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import multiprocessing
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -16,7 +21,9 @@ from mmkd.experiments import cells as cells_module
 from mmkd.experiments.cells import Study
 from mmkd.experiments.figures import mixing
 from mmkd.experiments.incremental import before
+from mmkd.experiments.parallel import side_by_side
 from mmkd.experiments.tables import significance
+from mmkd.training import RunStopped
 
 DATA = {"path": "synthetic", "options": {"num_users": 80, "num_items": 70, "num_interactions": 1500}}
 
@@ -47,6 +54,65 @@ def test_table5_and_figure5_share_cells_and_are_read_back(study, monkeypatch):
     assert table5(study).read_text().split("## ")[0] == text.split("## ")[0]
     assert "student" in figure5(study).read_text() and (study.out / "figure5.png").stat().st_size > 5000
     assert "item_emb0" in table8(study).read_text()
+
+
+def test_jobs_side_by_side_leave_the_same_cells(study, tmp_path):
+    wanted = [({"model": "bpr-mf"}, 0), ({"model": "bpr-mf"}, 1), ({"distill.pair": 0.0}, 0), ({}, 0), ({}, 0)]
+    beside = Study(tmp_path, study.config, seeds=2, jobs=2)
+    for one, other in zip(study.cells(wanted), beside.cells(wanted), strict=True):
+        assert one.path.name == other.path.name and one.results == other.results
+    assert len(list((tmp_path / "teachers").iterdir())) == 1, "cells that share a teacher waited for it"
+    with pytest.raises(ValueError, match="jobs: expected at least 1"):
+        Study(tmp_path, study.config, jobs=0)
+
+
+def test_a_failure_side_by_side_stops_the_others(study, tmp_path):
+    beside = Study(tmp_path, study.config, jobs=2)
+    start = time.monotonic()
+    with pytest.raises(ZeroDivisionError):
+        side_by_side(beside, _fail_or_wait, [(0,), (1,), (2,), (3,)])
+    assert time.monotonic() - start < 40 and not multiprocessing.active_children()
+    assert {p.name for p in tmp_path.iterdir()} <= {"began-1", "stopped-1"}, "calls that had not begun were dropped"
+
+
+def _fail_or_wait(study, number):
+    if number != 1:
+        while not (study.out / "began-1").exists():
+            time.sleep(0.01)
+        raise ZeroDivisionError
+    (study.out / "began-1").touch()
+    try:
+        time.sleep(60)
+    except RunStopped:
+        (study.out / "stopped-1").touch()
+        raise
+
+
+def test_reproduce_goes_on_after_sigterm(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "mmkd",
+        "reproduce",
+        "table4",
+        "--quick",
+        "--jobs",
+        "2",
+        "--out",
+        str(tmp_path / "r"),
+    ]
+    command += ["--set", "threads=1"]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while first.poll() is None and len(list((tmp_path / "r" / "cells").glob("*/summary.md"))) < 3:
+        time.sleep(0.05)
+    first.send_signal(signal.SIGTERM)
+    out, err = first.communicate(timeout=120)
+    assert first.returncode == 0 and "the same command goes on" in out, err
+    cells = {p: p.stat().st_mtime_ns for p in (tmp_path / "r" / "cells").glob("*/summary.md")}
+    assert 3 <= len(cells) < 13
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0 and "| MMKD student |" in again.stdout, again.stderr
+    assert all(p.stat().st_mtime_ns == before for p, before in cells.items()), "a finished cell was trained again"
 
 
 def test_table6_measures_memory(study):

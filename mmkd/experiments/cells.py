@@ -6,14 +6,16 @@ import hashlib
 import json
 import logging
 import shutil
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from mmkd.config import Config, load_config
 from mmkd.data import Dataset, load_configured
-from mmkd.training import train
+from mmkd.experiments.parallel import side_by_side
+from mmkd.training import Stop, train
 from mmkd.training.run_folder import RunFolder
 
 log = logging.getLogger("mmkd")
@@ -48,19 +50,30 @@ class Study:
         config: settings every cell starts from.
         seeds: number of seeds, `0 .. seeds-1`.
         quick: two epochs, a narrow model, one seed and short sweeps.
+        jobs: cells that are trained at a time, each in a process with its share of the threads.
+        test: False takes the test part away.
     """
 
-    def __init__(self, out: Path, config: Config, seeds: int = 5, quick: bool = False) -> None:
-        self.out, self.quick = Path(out), quick
+    def __init__(
+        self, out: Path, config: Config, seeds: int = 5, quick: bool = False, jobs: int = 1, test: bool = True
+    ) -> None:
+        if jobs < 1:
+            raise ValueError(f"jobs: expected at least 1, got {jobs}")
+        self.out, self.quick, self.jobs, self.test = Path(out), quick, jobs, test
         self.seeds = range(QUICK["seeds"] if quick else seeds)
         self.config = _quick(config) if quick else config
         self.datasets: dict[int, Dataset] = {}
+        self.stop = Stop()
 
     def dataset(self, seed: int) -> Dataset:
         """The data as a run with this seed sees it (the split may depend on the seed)."""
         if seed not in self.datasets:
-            self.datasets[seed] = load_configured(self.config.data, seed)
+            whole = load_configured(self.config.data, seed)
+            self.datasets[seed] = whole if self.test else replace(whole, test=None)
         return self.datasets[seed]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"datasets": {}, "stop": Stop()}  # another process has its own
 
     @cached_property
     def name(self) -> str:
@@ -76,19 +89,44 @@ class Study:
         base = self.config.model_dump(mode="json") | {"baselines": [], "seed": seed}
         return load_config(base, overrides)
 
+    def cells(self, wanted: Sequence[tuple[dict[str, Any], int]]) -> list[Cell]:
+        """The cells of these changes and seeds; what is missing is trained `jobs` at a time.
+
+        Of the cells that share a teacher one goes first, the others find it finished.
+        """
+        missing = {}
+        for changes, seed in wanted if self.jobs > 1 else ():
+            config = self.settings(changes, seed)
+            if not _finished(self._path(config)):
+                missing.setdefault(self._path(config), (config, changes, seed))
+        first, later = [], []
+        teachers = set()
+        for config, changes, seed in missing.values():
+            teacher = self._shared_teacher(config) if config.model in ("mmkd", "teacher") else None
+            waits = teacher is not None and teacher in teachers and not teacher.exists()
+            (later if waits else first).append((changes, seed))
+            teachers.add(teacher)
+        for wave in (first, later):
+            if len(wave) > 1:
+                side_by_side(self, Study.cell, wave)
+        return [self.cell(changes, seed) for changes, seed in wanted]
+
+    def _path(self, config: Config) -> Path:
+        return self.out / "cells" / f"{config.model}-{_digest(config.model_dump(mode='json'))}"
+
     def cell(self, changes: dict[str, Any] | None = None, seed: int = 0) -> Cell:
         """Runs the cell, or reads it back where it is finished."""
         config = self.settings(changes or {}, seed)
-        path = self.out / "cells" / f"{config.model}-{_digest(config.model_dump(mode='json'))}"
+        path = self._path(config)
         folder = RunFolder(path)
-        started = (path / "config.yaml").exists()
-        if not (started and "finished" in folder.info()):
+        if not _finished(path):
+            started = (path / "config.yaml").exists()
             log.info("cell %s: %s, seed %d", path.name, changes or "defaults", seed)
             shared = self._shared_teacher(config)
             if shared.exists() and not folder.checkpoint("teacher").exists():
                 folder.checkpoint("teacher").parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(shared, folder.checkpoint("teacher"))
-            train(config, out=path, resume=started, dataset=self.dataset(seed))
+            train(config, out=path, resume=started, dataset=self.dataset(seed), stop=self.stop)
             self._share_teacher(folder, shared)
         info = folder.info()
         return Cell(path, info["part"], info["results"], info["seconds"], info["parameters"])
@@ -106,6 +144,10 @@ class Study:
             temporary = shared.with_suffix(".partial")
             shutil.copyfile(source, temporary)
             temporary.replace(shared)
+
+
+def _finished(path: Path) -> bool:
+    return (path / "config.yaml").exists() and "finished" in RunFolder(path).info()
 
 
 def _digest(content: Any) -> str:

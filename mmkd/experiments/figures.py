@@ -39,14 +39,15 @@ def _changes(path: str, value: Any) -> dict[str, Any]:
 def figure4(study: Study) -> Path:
     """One setting moved at a time: d, L, dropout of the teacher, lambda_1 to lambda_4."""
     narrowest = min([x.shape[1] for x in study.dataset(0).features.values()])
-    records = []
+    points = []
     for path, values in SWEEPS.items():
         usable = [v for v in values if path != "dim" or v <= narrowest]  # the prompt needs d <= d_m
-        for value in usable[:: max(1, len(usable) - 1)] if study.quick else usable:
-            cell = study.cell(_changes(path, value))
-            for label in (TITLES["teacher"], MMKD):
-                got = {m: cell.results[label][m] for m in ("recall@20", "ndcg@20")}
-                records.append({"setting": path, "value": value, "model": label, **got})
+        points += [(path, value) for value in (usable[:: max(1, len(usable) - 1)] if study.quick else usable)]
+    records = []
+    for (path, value), cell in zip(points, study.cells([(_changes(*point), 0) for point in points]), strict=True):
+        for label in (TITLES["teacher"], MMKD):
+            got = {m: cell.results[label][m] for m in ("recall@20", "ndcg@20")}
+            records.append({"setting": path, "value": value, "model": label, **got})
     figure, axes = new_figure(4, 2, size=(3.6, 2.8))
     for axis, path in zip(axes.flat, SWEEPS, strict=False):
         for label in (TITLES["teacher"], MMKD):

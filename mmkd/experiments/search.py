@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mmkd.config import Config, StageConfig
 from mmkd.experiments.cells import Study
+from mmkd.experiments.parallel import side_by_side
 from mmkd.experiments.writing import bars, markdown, write
 from mmkd.files import write_json
 from mmkd.models.baselines import TITLES, TRAINED
@@ -83,10 +83,12 @@ def tune(study: Study, models: Sequence[str] = ()) -> Path:
     unknown = sorted(set(models) - set(SECTION))
     if unknown:
         raise ValueError(f"models: expected some of {', '.join(SECTION)}, got {', '.join(unknown)}")
-    bare = Study(study.out / "search", study.config, seeds=1)
-    bare.datasets[0] = replace(study.dataset(0), test=None)
+    bare = Study(study.out / "search", study.config, seeds=1, jobs=study.jobs, test=False)
     metric, searches = study.config.evaluation.metric, []
-    for name in models or SECTION:
+    models = list(models or SECTION)
+    if study.jobs > 1 and len(models) > 1:
+        side_by_side(bare, _search, [(name, metric, study.quick) for name in models], "models searched")
+    for name in models:
         searches.append(Search(bare, name, metric))
         _keep(study.out / "tuned.json", name, searches[-1].run(study.quick))
     body = f"{study.name}, validation {metric}, one seed, the test part not loaded. "
@@ -98,6 +100,10 @@ def tune(study: Study, models: Sequence[str] = ()) -> Path:
     best = {TITLES[s.name]: max(value for _, value in s.tried) for s in searches}
     chart = bars(list(best), list(best.values()), [0.0] * len(best), f"validation {metric}")
     return write(study, "search", "Search: the same budget for every model", body, records, chart)
+
+
+def _search(study: Study, name: str, metric: str, quick: bool) -> None:
+    Search(study, name, metric).run(quick)
 
 
 def _section(config: Config, name: str) -> StageConfig:

@@ -37,7 +37,7 @@ ABLATION: dict[str, dict[str, Any]] = {
 
 def _over_seeds(study: Study, changes: dict[str, Any], method: str) -> tuple[dict[str, np.ndarray], list[Cell]]:
     """Metric -> values by seed, and the cells."""
-    cells = [study.cell(changes, seed) for seed in study.seeds]
+    cells = study.cells([(changes, seed) for seed in study.seeds])
     return {c: np.array([cell.results[method][c] for cell in cells]) for c in COLUMNS}, cells
 
 
@@ -82,9 +82,10 @@ def significance(ours: np.ndarray, theirs: np.ndarray) -> str:
 def table4(study: Study) -> Path:
     """Comparison with every baseline; mean and deviation over seeds, paired t-test against the best of them."""
     rows, part = {}, "test"
+    changes = {name: {"model": "mmkd" if name == "teacher" else name} for name in NAMES}
+    study.cells([(change, seed) for change in changes.values() for seed in study.seeds])
     for name in NAMES:
-        model = "mmkd" if name == "teacher" else name
-        rows[TITLES[name]], cells = _over_seeds(study, {"model": model}, TITLES[name])
+        rows[TITLES[name]], cells = _over_seeds(study, changes[name], TITLES[name])
         part = cells[0].part
     rivals = {label: values for label, values in rows.items() if label not in (MMKD, TITLES["teacher"])}
     lines = []
@@ -100,6 +101,7 @@ def table4(study: Study) -> Path:
 def table5(study: Study) -> Path:
     """Ablation: what each part adds."""
     rows, part = {}, "test"
+    study.cells([(c, seed) for c in ({}, {"model": "lightgcn"}, *ABLATION.values()) for seed in study.seeds])
     for label, changes in ABLATION.items():
         rows[label], cells = _over_seeds(study, changes, MMKD)
         part = cells[0].part
@@ -148,9 +150,9 @@ def table6(study: Study) -> Path:
     """Compactness and time: parameters with and without the frozen features a model has to carry, and peak memory."""
     data = study.dataset(0)
     frozen = sum(int(np.prod(x.shape)) for x in data.features.values())
-    full = study.cell()
+    full, *rivals = study.cells([({}, 0), ({"model": "lattice"}, 0), ({"model": "bm3"}, 0)])
     plan = [("teacher", full, "teacher", True)]
-    plan += [(TITLES[n], study.cell({"model": n}), n, True) for n in ("lattice", "bm3")]
+    plan += [(TITLES[n], cell, n, True) for n, cell in zip(("lattice", "bm3"), rivals, strict=True)]
     plan += [(MMKD, full, "student", False)]
     most = full.parameters["teacher"] + frozen
     memory, records = _peak_memory(study), []
