@@ -73,6 +73,7 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
+        _over.set()
         os.kill(os.getpid(), signal.SIGTERM)
         while _busy:
             time.sleep(0.1)
