@@ -11,18 +11,24 @@ SOURCES := setup.py pyproject.toml CMakeLists.txt constraints.txt $(wildcard cma
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-$(VENV)/.installed: $(SOURCES)
+# Two steps, so that the demo waits for what it needs and not for the tests' rivals, loggers and linters.
+$(VENV)/.built: $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade pip
 	@echo "installing torch and the build tools (constraints.txt) ..."
 	$(BIN)/pip install -q -c constraints.txt torch triton numpy "setuptools>=77" "pybind11>=2.13" "cmake>=3.25" ninja
 	@echo "building mmkd ..."
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e ".[demo,plot]"
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.built
+	@echo "installing what the tests need ..."
 	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e ".[dev]"
 	@touch $@
 
 install: $(VENV)/.installed ## the environment .venv with mmkd in it
 
-demo: install ## train on real purchases and print the table
+demo: $(VENV)/.built ## train on real purchases and print the table
 	$(BIN)/mmkd train --data demo --out runs/demo-$$(date +%Y%m%d-%H%M%S)
 
 test: install ## all tests
