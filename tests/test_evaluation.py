@@ -19,6 +19,7 @@ from mmkd.evaluation import (
     metrics,
     rank_scores,
 )
+from mmkd.finite import all_finite
 
 
 def csr(dense: np.ndarray) -> sp.csr_matrix:
@@ -154,3 +155,14 @@ def test_refusals():
         evaluate_scores(lambda users: np.full((len(users), 70), np.nan), dataset)
     with pytest.raises(ValueError, match="ks: expected cut-offs >= 1, got 0"):
         evaluate(user_emb, item_emb, dataset, ks=(0,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_all_finite_sees_one_bad_number(dtype):
+    table = torch.randn(50, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert all_finite(table) and all_finite(table[:0]) and all_finite(torch.tensor(2.0))
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        for place in ((0, 0), (49, 6), (23, 3)):
+            broken = table.clone()
+            broken[place] = bad
+            assert not all_finite(broken) and not all_finite(broken.T)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mmkd.evaluation import metrics
+from mmkd.finite import all_finite
 
 if TYPE_CHECKING:
     from mmkd.data.dataset import Dataset
@@ -186,9 +187,8 @@ def _check_tables(user_emb: Tensor, item_emb: Tensor, dataset: Dataset) -> None:
     for name, table, rows in (("user_emb", user_emb, dataset.num_users), ("item_emb", item_emb, dataset.num_items)):
         if table.ndim != 2 or table.shape[0] != rows:
             raise ValueError(f"{name}: expected shape [{rows}, d] for {dataset.name!r}, got {tuple(table.shape)}")
-        finite = torch.isfinite(table).all(dim=1)
-        if not finite.all():
-            row = int((~finite).nonzero()[0])
+        if not all_finite(table):
+            row = int((~torch.isfinite(table).all(dim=1)).nonzero()[0])
             raise ValueError(f"{name}: row {row} holds NaN or Inf; the training that made it diverged")
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import scipy.sparse as sp
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -18,6 +17,7 @@ from torch import Tensor
 from mmkd.data.files import open_npz
 from mmkd.data.ids import as_ids, first_duplicate, locate
 from mmkd.data.npz import read_csr
+from mmkd.finite import all_finite
 from mmkd.serving.ranking import Ranking
 
 
@@ -154,7 +154,7 @@ def _check_tables(user_emb: Tensor, item_emb: Tensor) -> None:
     for name, table in (("user_emb", user_emb), ("item_emb", item_emb)):
         if table.ndim != 2 or not table.is_floating_point():
             raise RunLoadError(f"{name}: expected a floating [n, d] table, got {table.dtype} {tuple(table.shape)}")
-        if not torch.isfinite(table).all():
+        if not all_finite(table):
             raise RunLoadError(f"{name}: holds NaN or Inf, so nothing can be ranked by it; train again")
     if user_emb.shape[1] != item_emb.shape[1] or user_emb.dtype != item_emb.dtype:
         raise RunLoadError(
@@ -196,7 +196,7 @@ def load_layer0(run_dir: str | Path, student: Recommender) -> tuple[Tensor, Tens
         raise RunLoadError(f"{path}: damaged or missing: {error}") from error
     for name, like in (("user_emb0", student.user_emb), ("item_emb0", student.item_emb)):
         table = tables.get(name)
-        if table is None or (table.shape, table.dtype) != (like.shape, like.dtype) or not torch.isfinite(table).all():
+        if table is None or (table.shape, table.dtype) != (like.shape, like.dtype) or not all_finite(table):
             raise RunLoadError(
                 f"{path}: expected a finite {name}, {like.dtype} {tuple(like.shape)}, found "
                 + ("none" if table is None else f"{table.dtype} {tuple(table.shape)}")

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
-import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from mmkd.finite import all_finite
 
 
 def first_bad(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> str | None:
     """Name of the first tensor that holds NaN or Inf."""
     named = tensors.items() if isinstance(tensors, Mapping) else tensors
-    return next((name for name, t in named if t.is_floating_point() and not torch.isfinite(t).all()), None)
+    return next((name for name, t in named if t.is_floating_point() and not all_finite(t)), None)
 
 
 class _FirstBadOp(TorchDispatchMode):
@@ -33,7 +34,7 @@ class _FirstBadOp(TorchDispatchMode):
 
 def _bad(tree: object) -> bool:
     leaves = (t for t in tree_leaves(tree) if isinstance(t, Tensor) and t.is_floating_point())
-    return any(not torch.isfinite(t).all() for t in leaves)
+    return any(not all_finite(t) for t in leaves)
 
 
 def origin(model: nn.Module, step: Callable[[], object]) -> str:

@@ -278,6 +278,7 @@ class Stage:
                 line = {"stage": self.task.name, "epoch": state["epoch"], **losses}
                 last = state["epoch"] == settings.epochs
                 if self.validate and (state["epoch"] % settings.eval_every == 0 or last):
+                    optimizer.zero_grad(set_to_none=True)  # a look needs the memory, and the next step makes new ones
                     line |= self._validate(state, best)
                 state["seconds"] += time.perf_counter() - start
                 self.folder.log(**line, seconds=round(state["seconds"], 3))
@@ -286,7 +287,7 @@ class Stage:
                 if state["epoch"] % self.config.checkpoint_every == 0:
                     self._save(optimizer, state, best)
         if not self.validate or self.config.evaluation.select == "last" or not best:
-            best = self._weights()
+            self._keep(best)
             state["best_epoch"] = state["epoch"]
         state["finished"] = True
         return best
@@ -348,14 +349,18 @@ class Stage:
         values = evaluate(*self.task.tables(), self.dataset, "val", cutoffs)
         if state["best_metric"] is None or values[metric] > state["best_metric"]:
             state.update(best_metric=values[metric], best_epoch=state["epoch"], bad=0)
-            best.clear()
-            best.update(self._weights())
+            self._keep(best)
         else:
             state["bad"] += 1
         return {f"val_{name}": values[name] for name in dict.fromkeys((metric, "recall@20", "ndcg@20"))}
 
-    def _weights(self) -> dict[str, Tensor]:
-        return {name: p.detach().clone() for name, p in self.task.model.named_parameters()}
+    def _keep(self, best: dict[str, Tensor]) -> None:
+        """Copies the weights to `best`, into the memory of those it held."""
+        for name, parameter in self.task.model.named_parameters():
+            if name in best:
+                best[name].copy_(parameter.detach())
+            else:
+                best[name] = parameter.detach().clone()
 
     def _load(self, weights: dict[str, Tensor]) -> None:
         with torch.no_grad():

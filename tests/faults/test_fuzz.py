@@ -240,7 +240,9 @@ def _make_checkpoint(folder: Path) -> None:
     optimizer = stage.task.optimizer()
     stage.task.step(0, 0)
     optimizer.step()
-    tensors = training_tensors(stage.task.model, optimizer, stage._weights()) | {"sums.bpr": torch.ones(())}
+    tensors = training_tensors(
+        stage.task.model, optimizer, {n: p.detach().clone() for n, p in stage.task.model.named_parameters()}
+    ) | {"sums.bpr": torch.ones(())}
     save_checkpoint(stage.path, tensors, {**_START, "epoch": 2, "step": 1, "best_metric": 0.5})
 
 
