@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -92,13 +93,14 @@ def test_vectors_of_some_nodes_are_those_of_all(name, planted):
         for parameter in model.parameters():  # VBPR's biases start at 0
             parameter.data.add_(0.1 * torch.rand(parameter.shape, generator=torch.Generator().manual_seed(2)))
         every, nodes = model.vectors(), torch.tensor([0, 3, 149, 150, 151, 269])
-        torch.testing.assert_close(model.vectors(nodes=nodes), every[nodes], rtol=1e-5, atol=1e-6)
+        some_nodes = SimpleNamespace(rows=nodes, num_users=3)
+        torch.testing.assert_close(model.vectors(nodes=some_nodes), every[nodes], rtol=1e-5, atol=1e-6)
         weights = torch.randn(6, every.shape[1], generator=torch.Generator().manual_seed(3))
         for parameter, full, some in zip(
             model.parameters(),
             torch.autograd.grad((every[nodes] * weights).sum(), list(model.parameters()), allow_unused=True),
             torch.autograd.grad(
-                (model.vectors(nodes=nodes) * weights).sum(), list(model.parameters()), allow_unused=True
+                (model.vectors(nodes=some_nodes) * weights).sum(), list(model.parameters()), allow_unused=True
             ),
             strict=True,
         ):
@@ -107,14 +109,16 @@ def test_vectors_of_some_nodes_are_those_of_all(name, planted):
                 torch.testing.assert_close(some, full, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["vbpr", "mmgcn", "grcn"])
+@pytest.mark.parametrize("name", ["vbpr", "mmgcn", "grcn", "clcrec"])
 def test_the_l2_term_is_that_of_the_batch_s_rows(name, planted):
     model = build(name, planted, l2=0.5)
-    users, candidates = torch.tensor([3, 3, 8]), torch.tensor([[1, 5], [2, 5], [5, 9]])
+    users, candidates = torch.tensor([3, 3, 8]), torch.tensor([[1, 5, 7], [2, 5, 8], [5, 9, 30]])
     found = model.l2(node_batch(users, candidates, 150))
     free_users = [model.split(model.table)[0], *model.user_rows(torch.arange(150))]
     free_items = [model.split(model.table)[1], *model.item_rows(torch.arange(120))]
-    truth = sum(t[users].square().sum() for t in free_users) + sum(t[candidates].square().sum() for t in free_items)
+    truth = sum(t[users].square().sum() for t in free_users) + sum(
+        t[candidates[:, :2]].square().sum() for t in free_items
+    )
     torch.testing.assert_close(found, 0.5 * 0.5 / 3 * truth)
 
 

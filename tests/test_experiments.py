@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from mmkd.experiments.incremental import before
 from mmkd.experiments.parallel import side_by_side
 from mmkd.experiments.tables import significance
 from mmkd.training import RunStopped
+from mmkd.training.checkpoint import load_checkpoint
 
 DATA = {"path": "synthetic", "options": {"num_users": 80, "num_items": 70, "num_interactions": 1500}}
 
@@ -88,31 +90,94 @@ def _fail_or_wait(study, number):
         raise
 
 
-def test_reproduce_goes_on_after_sigterm(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "mmkd",
-        "reproduce",
-        "table4",
-        "--quick",
-        "--jobs",
-        "2",
-        "--out",
-        str(tmp_path / "r"),
-    ]
-    command += ["--set", "threads=1"]
-    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while first.poll() is None and len(list((tmp_path / "r" / "cells").glob("*/summary.md"))) < 3:
+def _table4_in_jobs(tmp_path):
+    command = [sys.executable, "-m", "mmkd", "reproduce", "table4", "--quick", "--jobs", "2", "--out", str(tmp_path)]
+    return [*command, "--set", "threads=1"]
+
+
+def _until_cells(process, tmp_path, count):
+    while process.poll() is None and len(list((tmp_path / "cells").glob("*/summary.md"))) < count:
         time.sleep(0.05)
+
+
+def _children(pid: int) -> list[int]:
+    listed = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit()]
+    return [n for n in listed if _stat(n)[1:2] == [str(pid)]]
+
+
+def _stat(pid: int) -> list[str]:
+    """State and parent of a process; empty where there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
+    except OSError:
+        return []
+
+
+def test_reproduce_goes_on_after_sigterm(tmp_path):
+    command = _table4_in_jobs(tmp_path)
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    _until_cells(first, tmp_path, 3)
     first.send_signal(signal.SIGTERM)
     out, err = first.communicate(timeout=120)
     assert first.returncode == 0 and "the same command goes on" in out, err
-    cells = {p: p.stat().st_mtime_ns for p in (tmp_path / "r" / "cells").glob("*/summary.md")}
+    cells = {p: p.stat().st_mtime_ns for p in (tmp_path / "cells").glob("*/summary.md")}
     assert 3 <= len(cells) < 13
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 0 and "| MMKD student |" in again.stdout, again.stderr
     assert all(p.stat().st_mtime_ns == before for p, before in cells.items()), "a finished cell was trained again"
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+def test_the_workers_of_a_killed_parent_end(tmp_path):
+    parent = subprocess.Popen(_table4_in_jobs(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _until_cells(parent, tmp_path, 1)
+    workers = _children(parent.pid)
+    parent.kill()
+    parent.wait()
+    assert len(workers) >= 2
+    deadline = time.monotonic() + 30
+    while (alive := [w for w in workers if _stat(w)[:1] not in ([], ["Z"])]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not alive
+
+
+def test_a_search_in_jobs_sees_no_test_part_and_keeps_every_winner(study, tmp_path):
+    from mmkd.experiments.search import tune
+
+    alone, beside = (
+        Study(tmp_path / "1", study.config, quick=True),
+        Study(tmp_path / "2", study.config, quick=True, jobs=2),
+    )
+    assert alone.dataset(0).test is not None
+    pages = [tune(s, ["bpr-mf", "lightgcn"]).read_text().split("## ")[0] for s in (alone, beside)]
+    assert pages[0] == pages[1] and set(json.loads((tmp_path / "2" / "tuned.json").read_text())) == {
+        "bpr-mf",
+        "lightgcn",
+    }
+    parts = {json.loads(p.read_text())["part"] for p in (tmp_path / "2").glob("search/cells/*/run.json")}
+    assert parts == {"val"}
+
+
+def test_one_request_stops_the_search_between_steps(study, tmp_path, monkeypatch):
+    """The signal handler asks the study it knows; the search's own study must hear of it."""
+    from mmkd.experiments.search import tune
+    from mmkd.training.stage import Stage
+
+    outer, steps = Study(tmp_path, study.config, quick=True), []
+    original = Stage._check_finite
+
+    def check(self, epoch, unseen, optimizer):
+        original(self, epoch, unseen, optimizer)
+        steps.append(epoch)
+        if len(steps) == 2:
+            outer.stop.request()  # between the backward pass and the optimizer
+
+    monkeypatch.setattr(Stage, "_check_finite", check)
+    with pytest.raises(RunStopped):
+        tune(outer, ["bpr-mf"])
+    (saved,) = tmp_path.glob("search/cells/*/checkpoints/*.safetensors")
+    tensors, state = load_checkpoint(saved)
+    assert int(tensors["optimizer.table.step"]) == state["step"] == 2
 
 
 def test_table6_measures_memory(study):

@@ -21,7 +21,7 @@ from mmkd.training import CheckpointError, RunError, TrainingError
 from mmkd.training.checkpoint import load_checkpoint, save_checkpoint
 from mmkd.training.fusion import Gate
 from mmkd.training.run_folder import RunFolder
-from mmkd.training.stage import add_l2, node_batch
+from mmkd.training.stage import Stage, add_l2, node_batch
 from mmkd.training.trainer import Run
 
 QUICK = {
@@ -282,3 +282,22 @@ def test_omega_is_saved_with_the_teacher_and_may_be_fixed(finished, dataset, tmp
     config = quick(model="teacher", teacher={"fusion": "fixed", "feature_weight": 0.7}, baselines=[])
     mmkd.train(config, out=tmp_path / "fixed", dataset=dataset)
     assert load_file(tmp_path / "fixed" / "teacher.safetensors")["omega"].tolist() == pytest.approx([0.7] * len(gated))
+
+
+def test_a_look_holds_no_gradients_and_better_weights_take_the_place_of_the_old(dataset, tmp_path, monkeypatch):
+    original, seen = Stage._validate, []
+
+    def look(self, state, best):
+        assert all(p.grad is None for p in self.task.model.parameters()), "a look is taken with gradients in memory"
+        before = {name: t.data_ptr() for name, t in best.items()}
+        values = original(self, state, best)
+        if state["best_epoch"] == state["epoch"]:
+            weights = dict(self.task.model.named_parameters())
+            assert all(torch.equal(best[name], weights[name]) for name in weights)
+            assert not {t.data_ptr() for t in best.values()} & {p.data_ptr() for p in weights.values()}
+            seen.append(all(best[name].data_ptr() == at for name, at in before.items()) and bool(before))
+        return values
+
+    monkeypatch.setattr(Stage, "_validate", look)
+    mmkd.train(quick(model="lightgcn", lightgcn={"epochs": 6}, baselines=[]), out=tmp_path / "r", dataset=dataset)
+    assert len(seen) > 2 and all(seen[1:]), "better weights were kept in new memory"

@@ -12,10 +12,12 @@ import mmkd
 from mmkd import backends, ops
 from mmkd.config import Config, ConfigError, load_config
 from mmkd.data import synthetic
+from mmkd.models.baselines import TRAINED
 from mmkd.models.features import FeatureTable
 from mmkd.models.lightgcn import LightGCN, initial_table
 from mmkd.models.prompt import Prompt
 from mmkd.models.teacher import Teacher
+from mmkd.training.baseline_task import BaselineTask
 from mmkd.training.collapse import FrozenTeacher
 from mmkd.training.tasks import LightGCNTask, StudentTask, TeacherTask
 from mmkd.training.trainer import pick_device
@@ -49,6 +51,28 @@ def to_gpu(module: torch.nn.Module, graph) -> None:
             part.graph = graph
         for table in getattr(part, "features", ()):
             table.values, table.mean, table.scale = fake(table.values), fake(table.mean), fake(table.scale)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_every_baseline_keeps_to_the_gpu(dataset, name, monkeypatch):
+    graph, kind = dataset.graph(), TRAINED[name]
+    features = [FeatureTable(m, x) for m, x in dataset.features.items()]
+    model = kind(graph, features, 16, kind.Settings(batch_size=256), torch.Generator().manual_seed(0))
+    task = BaselineTask(name, model, dataset, 0)
+    drawn, expected = task.batch(0, 0), set(task.step(0, 0))
+    task.batch = lambda epoch, step: drawn  # `step` moves it
+    monkeypatch.setattr(backends, "resolve", lambda op, x, impl="auto": "cuda")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        to_gpu(model, graph.to(GPU))
+        if name == "lattice":
+            model.initial, model.learned = (
+                [tuple(map(fake, part)) for part in model.initial],
+                [*map(fake, model.learned)],
+            )
+        task.optimizer().zero_grad(set_to_none=True)
+        terms = task.step(0, 0)
+        assert set(terms) == expected and all(t.device == GPU for t in terms.values())
+        assert all(p.grad is not None and p.grad.device == GPU for p in model.parameters())
 
 
 @pytest.mark.parametrize(("amp", "norm"), [(None, "mean"), ("bf16", "row")])

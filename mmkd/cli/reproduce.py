@@ -22,7 +22,13 @@ def reproduce(
     set_: Annotated[list[str] | None, typer.Option("--set", help="One setting, e.g. --set teacher.lr=1e-3.")] = None,
     models: Annotated[str, typer.Option(help="Of search: some models only, separated by commas.")] = "",
     jobs: Annotated[
-        int, typer.Option("--jobs", "-j", min=1, help="Runs at a time, each with its share of the threads.")
+        int,
+        typer.Option(
+            "--jobs",
+            "-j",
+            min=1,
+            help="Runs at a time of search, tables 4 to 6 and figure 4, each with its share of the threads.",
+        ),
     ] = 1,
     out: Annotated[Path | None, typer.Option(help="Folder. Default: results/<data>[-quick].")] = None,
 ) -> None:

@@ -52,6 +52,11 @@ class Study:
         quick: two epochs, a narrow model, one seed and short sweeps.
         jobs: cells that are trained at a time, each in a process with its share of the threads.
         test: False takes the test part away.
+
+    Attributes:
+        datasets: by seed, loaded when first asked for. One that is set by hand is not seen by the processes of `jobs`.
+        stop: what ends the cell at hand.
+        in_parent: False in one of those processes, which have their share of the threads and no progress bars.
     """
 
     def __init__(
@@ -63,7 +68,7 @@ class Study:
         self.seeds = range(QUICK["seeds"] if quick else seeds)
         self.config = _quick(config) if quick else config
         self.datasets: dict[int, Dataset] = {}
-        self.stop = Stop()
+        self.stop, self.in_parent = Stop(), True
 
     def dataset(self, seed: int) -> Dataset:
         """The data as a run with this seed sees it (the split may depend on the seed)."""
@@ -73,7 +78,7 @@ class Study:
         return self.datasets[seed]
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"datasets": {}, "stop": Stop()}  # another process has its own
+        return self.__dict__ | {"datasets": {}, "stop": Stop(), "in_parent": False}  # another process has its own
 
     @cached_property
     def name(self) -> str:
@@ -126,7 +131,8 @@ class Study:
             if shared.exists() and not folder.checkpoint("teacher").exists():
                 folder.checkpoint("teacher").parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(shared, folder.checkpoint("teacher"))
-            train(config, out=path, resume=started, dataset=self.dataset(seed), stop=self.stop)
+            own = config if self.in_parent else config.model_copy(update={"threads": None, "progress": False})
+            train(own, out=path, resume=started, dataset=self.dataset(seed), stop=self.stop)
             self._share_teacher(folder, shared)
         info = folder.info()
         return Cell(path, info["part"], info["results"], info["seconds"], info["parameters"])

@@ -45,7 +45,7 @@ def adapt(study: Study) -> list[dict[str, Any]]:
     """One epoch of every model on the grown graph: metrics before (on the old graph) and after, seconds of the epoch."""
     new = study.dataset(0)
     past = Study(study.out / "before", study.config, seeds=1)
-    past.datasets[0] = before(new, 0)
+    past.datasets[0], past.stop = before(new, 0), study.stop
     part = "test" if new.test is not None and new.test.nnz else "val"
     records = []
     for name in ("lattice", "bm3", "mmkd"):
@@ -68,7 +68,7 @@ def _updated(cell: Cell, past: Study, new: Dataset) -> tuple[tuple[Tensor, Tenso
         _train_pairs_only(cell.path, base)
         write_text(base / "later.csv", _later(past.dataset(0), new))
         overrides = ["update.epochs=1", "update.val_fraction=0", "update.test_fraction=0", "progress=false"]
-        update(base, base / "later.csv", out=folder.path, resume=started, overrides=overrides)
+        update(base, base / "later.csv", out=folder.path, resume=started, overrides=overrides, stop=past.stop)
     run, seconds = load(folder.path), folder.info()["seconds"]
     return (run.user_emb, run.item_emb), seconds["joining"] + seconds["fine-tuning"]
 

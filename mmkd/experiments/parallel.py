@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from mmkd.training import RunStopped, stop_on_signals
+from mmkd.data import DataWarning
+from mmkd.training import RunStopped, Stop
 
 if TYPE_CHECKING:
     from multiprocessing.synchronize import Event
@@ -29,25 +30,32 @@ _over: Event
 _busy = False
 
 
-def side_by_side(study: Study, function: Callable[..., Any], arguments: Sequence[tuple], what: str = "runs") -> None:
+def side_by_side(
+    study: Study, function: Callable[..., Any], arguments: Sequence[tuple], what: str = "runs",
+    then: Callable[..., Any] | None = None,
+) -> None:  # fmt: skip
     """Calls `function(study, *a)` for every `a`, `study.jobs` at a time, each in a process that loads the data itself.
 
-    What the calls return is dropped: they leave their results in the study's folder. Small models gain little from a
+    What the calls return is dropped: they leave their results in the study's folder. `then(*a)` is called here when one
+    is done, in the order they end. Small models gain little from a
     second thread, so on two cores two processes of one thread get nearly twice as far as one of two.
 
     Raises:
         What the first call that failed raised; the others are stopped at their next step, and their runs can go on later.
     """
     others = set(multiprocessing.active_children())
-    share = max(1, torch.get_num_threads() // study.jobs)
+    share = max(1, (study.config.threads or torch.get_num_threads()) // study.jobs)
     context = multiprocessing.get_context("spawn")
     over = context.Event()
     start = (study, over, share, logging.getLogger().getEffectiveLevel())
     with ProcessPoolExecutor(study.jobs, mp_context=context, initializer=_begin, initargs=start) as pool:
-        futures = [pool.submit(_call, function, a) for a in arguments]
+        futures = {}
         try:
+            futures.update((pool.submit(_call, function, a), a) for a in arguments)
             for done in tqdm(as_completed(futures), total=len(futures), desc=what, unit="run", dynamic_ncols=True):
                 done.result()
+                if then is not None:
+                    then(*futures[done])
         except BaseException:
             over.set()  # some calls are with the workers already, where they cannot be cancelled
             for future in futures:
@@ -64,7 +72,7 @@ def _begin(study: Study, over: Event, threads: int, level: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent passes it on
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # outside a call; a worker that died would take the others with it
     logging.basicConfig(level=level, format="%(message)s")
-    warnings.simplefilter("ignore")  # the parent has loaded the same data and said it
+    warnings.filterwarnings("ignore", category=DataWarning)  # every worker would say the same of the same files
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -83,11 +91,13 @@ def _end_with_parent() -> None:
 def _call(function: Callable[..., Any], arguments: tuple) -> None:
     global _busy
     _busy = True
+    stop = _study.stop = Stop()
+    # Once: the signal may come from the parent and from whoever signals the group, and a second one would not wait.
+    signal.signal(signal.SIGTERM, lambda *_: None if stop.requested else stop.request())
     try:
-        with stop_on_signals(signal.SIGTERM) as stop:
-            if _over.is_set():
-                raise RunStopped("stopped before it began")
-            _study.stop = stop
-            function(_study, *arguments)
+        if _over.is_set():
+            raise RunStopped("stopped before it began")
+        function(_study, *arguments)
     finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         _busy = False

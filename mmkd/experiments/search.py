@@ -84,20 +84,30 @@ def tune(study: Study, models: Sequence[str] = ()) -> Path:
     if unknown:
         raise ValueError(f"models: expected some of {', '.join(SECTION)}, got {', '.join(unknown)}")
     bare = Study(study.out / "search", study.config, seeds=1, jobs=study.jobs, test=False)
-    metric, searches = study.config.evaluation.metric, []
-    models = list(models or SECTION)
-    if study.jobs > 1 and len(models) > 1:
-        side_by_side(bare, _search, [(name, metric, study.quick) for name in models], "models searched")
-    for name in models:
-        searches.append(Search(bare, name, metric))
-        _keep(study.out / "tuned.json", name, searches[-1].run(study.quick))
+    metric, searches = study.config.evaluation.metric, {}
+    bare.stop = study.stop
+
+    def finish(name: str, metric: str, quick: bool) -> None:
+        """Runs the trials that are missing and keeps the winner."""
+        searches[name] = Search(bare, name, metric)
+        _keep(study.out / "tuned.json", name, searches[name].run(quick))
+
+    wanted = [(name, metric, study.quick) for name in models or SECTION]
+    if study.jobs > 1 and len(wanted) > 1:
+        side_by_side(bare, _search, wanted, "models searched", finish)
+    else:
+        for arguments in wanted:
+            finish(*arguments)
+    searches = {name: searches[name] for name, *_ in wanted}  # they end in any order
     body = f"{study.name}, validation {metric}, one seed, the test part not loaded. "
-    body += f"{len(searches[0].tried)} trials a model, each a change to the best before it, at most {SHORT['epochs']} epochs, ended after {SHORT['patience']} looks without a better one.\n\n"
-    body += markdown(["model", "settings", metric], [row for search in searches for row in _rows(search)])
+    body += f"{len(next(iter(searches.values())).tried)} trials a model, each a change to the best before it, at most {SHORT['epochs']} epochs, ended after {SHORT['patience']} looks without a better one.\n\n"
+    body += markdown(["model", "settings", metric], [row for search in searches.values() for row in _rows(search)])
     records = [
-        {"model": TITLES[s.name], "settings": _text(changes), metric: v} for s in searches for changes, v in s.tried
+        {"model": TITLES[s.name], "settings": _text(changes), metric: v}
+        for s in searches.values()
+        for changes, v in s.tried
     ]
-    best = {TITLES[s.name]: max(value for _, value in s.tried) for s in searches}
+    best = {TITLES[s.name]: max(value for _, value in s.tried) for s in searches.values()}
     chart = bars(list(best), list(best.values()), [0.0] * len(best), f"validation {metric}")
     return write(study, "search", "Search: the same budget for every model", body, records, chart)
 

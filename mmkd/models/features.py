@@ -71,9 +71,7 @@ class FeatureTable:
         return self.values.shape[1]
 
     def take(self, items: Tensor) -> FeatureTable:
-        """The table of these rows alone, prepared with the constants of the whole; `items` int64 `[n]`, ascending, each once."""
-        if len(items) == self.num_items:
-            return self
+        """The table of these rows alone, `items` int64 `[n]`, prepared with the constants of the whole one."""
         part = copy.copy(self)
         part.values = self.values.index_select(0, items)
         part.row_scale = None if self.row_scale is None else self.row_scale.index_select(0, items)
@@ -120,9 +118,16 @@ class FeatureTable:
             total.addmm_(rows.to(total).T, block)
         return total
 
-    def project(self, weight: Tensor) -> Tensor:
-        """``X W``, ``[I, d]``, differentiable in ``W``."""
-        return project([self], [weight])
+    def project(self, weight: Tensor, items: Tensor | None = None) -> Tensor:
+        """``X W``, ``[I, d]``, differentiable in ``W``; ``items`` int64 ``[n]``: those rows alone.
+
+        Few rows are copied before the product, many are picked out of the whole one: a copy lives until the backward pass.
+        """
+        if items is None:
+            return project([self], [weight])
+        if 4 * len(items) < self.num_items:
+            return project([self.take(items)], [weight])
+        return project([self], [weight]).index_select(0, items)
 
     def folded(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         """``(W', t)`` with ``X W = r * (values W' + 1 t^T)``: ``W' = diag(scale) W``, ``t = -mean^T W'``; no ``t`` if raw.

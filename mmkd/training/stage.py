@@ -30,7 +30,7 @@ from mmkd.training.finite import first_bad, origin
 from mmkd.training.profile import StepProfiler
 from mmkd.training.ranking import NO_SHARED_ITEMS, SharedItems
 from mmkd.training.run_folder import RunFolder
-from mmkd.training.stop import RunStopped, Stop
+from mmkd.training.stop import Stop, StoppedAtStep
 
 # The counters of a checkpoint; `step`: steps of epoch `epoch + 1` that are done.
 _START = {
@@ -269,7 +269,7 @@ class Stage:
                 start = time.perf_counter()
                 try:
                     losses = self._epoch(optimizer, state, sums, bar)
-                except RunStopped:
+                except StoppedAtStep:
                     state["seconds"] += time.perf_counter() - start
                     self._save(optimizer, state, best, sums)
                     raise
@@ -310,7 +310,7 @@ class Stage:
                 bar.update()
                 profiler.step()
                 if last and self.stop.requested:
-                    raise RunStopped(
+                    raise StoppedAtStep(
                         f"stopped in stage {self.task.name}, epoch {epoch + 1}, after step {step + 1} of {self.steps}; saved. "
                         f"Go on with: mmkd train --resume --out {self.folder.path}"
                     )

@@ -11,6 +11,10 @@ class RunStopped(Exception):
     """Training was asked to stop and did; the message says what was kept and how to go on."""
 
 
+class StoppedAtStep(RunStopped):
+    """The same, raised between two steps: weights, optimizer and counters belong together and may be saved."""
+
+
 class Stop:
     """A request to stop. Code that can leave at a point of its own choosing runs under `held()` and looks at `requested`;
     everywhere else :meth:`request` raises :class:`RunStopped` at once, from within the signal handler."""

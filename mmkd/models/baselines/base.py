@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from pydantic import Field
@@ -32,6 +32,17 @@ class BaselineConfig(StageConfig):
     draw: Literal["users", "pairs"] = Field(
         "users", description="what a batch draws uniformly: users, then one of their items; or train pairs"
     )
+
+
+class Nodes(Protocol):
+    """Some nodes: a `NodeBatch` is one.
+
+    Attributes:
+        rows: int64 `[n]`, ids, ascending: `num_users` users, then items.
+    """
+
+    rows: Tensor
+    num_users: int
 
 
 class Baseline(nn.Module):
@@ -86,8 +97,8 @@ class Baseline(nn.Module):
     def begin_epoch(self, epoch: int) -> None:
         """Called before an epoch's first step."""
 
-    def vectors(self, generator: torch.Generator | None = None, nodes: Tensor | None = None) -> Tensor:
-        """Final vectors `[n, w]` of `nodes` (ids, ascending: users first), of all where None.
+    def vectors(self, generator: torch.Generator | None = None, nodes: Nodes | None = None) -> Tensor:
+        """Final vectors `[n, w]` of `nodes`, of all where None.
 
         `generator` draws dropout and is None in evaluation.
         """
@@ -95,12 +106,12 @@ class Baseline(nn.Module):
 
     def loss(self, batch: NodeBatch, generator: torch.Generator) -> dict[str, Tensor]:
         """Terms of the loss on a batch whose list is the observed item and `negatives` more."""
-        users, items = batch.split(self.vectors(generator, batch.rows))
+        users, items = batch.split(self.vectors(generator, batch))
         return {"bpr": ops.bpr_loss(users, items, batch.users, batch.pos, batch.neg)}
 
     def l2(self, batch: NodeBatch) -> Tensor:
         """`l2 * 1/2 sum ||row||^2 / B` over the free rows of the batch's users, observed items and first negatives."""
-        users, items = self.sides(batch.touched)
+        users, items = self._sides(batch.touched, batch.num_users)  # every user of a batch stands in a pair
         of_users, of_items = batch.counts.to(self.table.dtype).split([len(users), len(items)])
         parts = [(batch.counts.to(self.table.dtype), self.table.index_select(0, batch.touched))]
         parts += [(of_users, part) for part in self.user_rows(users)]
@@ -116,12 +127,15 @@ class Baseline(nn.Module):
         """The same of items."""
         return ()
 
-    def sides(self, nodes: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Node ids (ascending; all where None) as user ids and item ids."""
+    def sides(self, nodes: Nodes | None) -> tuple[Tensor, Tensor]:
+        """User ids and item ids of `nodes`, of all where None."""
         if nodes is None:
-            nodes = torch.arange(self.graph.num_nodes, device=self.graph.device)
-        first = int(torch.searchsorted(nodes, self.graph.num_users))
-        return nodes[:first], nodes[first:] - self.graph.num_users
+            device = self.graph.device
+            return torch.arange(self.graph.num_users, device=device), torch.arange(self.graph.num_items, device=device)
+        return self._sides(nodes.rows, nodes.num_users)
+
+    def _sides(self, rows: Tensor, num_users: int) -> tuple[Tensor, Tensor]:
+        return rows[:num_users], rows[num_users:] - self.graph.num_users
 
     def tables(self) -> tuple[Tensor, Tensor]:
         """What is ranked, users `[U, w]` and items `[I, w]`: final vectors without dropout or gradient."""
@@ -130,9 +144,14 @@ class Baseline(nn.Module):
         return users.detach(), items.detach()
 
 
-def take(x: Tensor, rows: Tensor | None) -> Tensor:
-    """`x[rows]`; `x` itself where `rows` is None."""
-    return x if rows is None else x.index_select(0, rows)
+def take(x: Tensor, nodes: Nodes | None) -> Tensor:
+    """The rows of `nodes` of a table `[N, w]`; the table itself where None."""
+    return x if nodes is None else x.index_select(0, nodes.rows)
+
+
+def rows_of(nodes: Nodes | None) -> Tensor | None:
+    """Their ids, as `ops.propagate(rows=)` takes them."""
+    return None if nodes is None else nodes.rows
 
 
 def dropout(x: Tensor, probability: float, generator: torch.Generator | None) -> Tensor:
@@ -160,8 +179,8 @@ class _UnitRows(torch.autograd.Function):
 
 
 def unit_rows(x: Tensor) -> Tensor:
-    """`x_i / max(||x_i||, 1e-12)`, `[n, w]`: `torch.nn.functional.normalize(x, dim=1)`, but a
-    quarter of its time forward and backward."""
+    """`x_i / max(||x_i||, 1e-12)`, `[n, w]`: `torch.nn.functional.normalize(x, dim=1)`, but a quarter of its time forward and
+    backward. Rows shorter than that, but not 0, get the gradient of `x_i / ||x_i||`."""
     return _UnitRows.apply(x)
 
 

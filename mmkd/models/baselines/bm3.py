@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mmkd import ops
-from mmkd.models.baselines.base import Baseline, BaselineConfig, dropout
+from mmkd.models.baselines.base import Baseline, BaselineConfig, Nodes, dropout, rows_of
 
 
 class BM3Config(BaselineConfig):
@@ -47,9 +47,9 @@ class BM3(Baseline):
         bound = fan_in**-0.5
         return nn.Parameter(torch.empty(self.dim).uniform_(-bound, bound, generator=self.generator))
 
-    def _online(self, nodes: Tensor | None) -> Tensor:
+    def _online(self, nodes: Nodes | None) -> Tensor:
         """`H`, items with their layer 0 added, of `nodes` (of all where None)."""
-        hidden = ops.propagate(self.graph, self.table, self.settings.layers, rows=nodes)
+        hidden = ops.propagate(self.graph, self.table, self.settings.layers, rows=rows_of(nodes))
         users, items = self.sides(nodes)
         residual = self.split(self.table)[1]
         return torch.cat([hidden[: len(users)], hidden[len(users) :] + residual.index_select(0, items)])
@@ -61,14 +61,14 @@ class BM3(Baseline):
         return self._predict(self._online(nodes))
 
     def loss(self, batch, generator) -> dict[str, Tensor]:
-        users, items = batch.split(self._online(batch.rows))
+        users, items = batch.split(self._online(batch))
         user, item = users.index_select(0, batch.users), items.index_select(0, batch.pos)
         target_user, target_item = self._target(user, generator), self._target(item, generator)
         rec = _distance(self._predict(user), target_item) + _distance(self._predict(item), target_user)
         terms = {"rec": rec}
         parts = zip(self.features, self.project, self.offset, strict=True)
-        asked = self.sides(batch.rows)[1]
-        content = [(table.take(asked).project(w) + b).index_select(0, batch.pos) for table, w, b in parts]
+        asked = self.sides(batch)[1]
+        content = [(table.project(w, asked) + b).index_select(0, batch.pos) for table, w, b in parts]
         align = [_distance(self._predict(x), target_item) for x in content]
         mask = [_distance(self._predict(x), self._target(x, generator)) for x in content]
         terms["align"] = self.settings.cl_weight * torch.stack(align).sum()

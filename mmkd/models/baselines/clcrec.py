@@ -42,7 +42,7 @@ class CLCRec(Baseline):
     def _content(self, items: Tensor) -> Tensor:
         """`f_i` of these items, unit length, `[n, d]`."""
         parts = self.first.split([table.width for table in self.features])
-        hidden = sum(table.take(items).project(part) for table, part in zip(self.features, parts, strict=True))
+        hidden = sum(table.project(part, items) for table, part in zip(self.features, parts, strict=True))
         return unit_rows(nn.functional.leaky_relu(hidden) @ self.second)
 
     def vectors(self, generator=None, nodes=None) -> Tensor:
@@ -52,8 +52,8 @@ class CLCRec(Baseline):
         return torch.cat([unit[: len(users)], torch.where(self.cold[items], self._content(items), warm)])
 
     def loss(self, batch, generator) -> dict[str, Tensor]:
-        user_emb, item_emb = batch.split(unit_rows(take(self.table, batch.rows)))
-        content = self._content(self.sides(batch.rows)[1])
+        user_emb, item_emb = batch.split(unit_rows(take(self.table, batch)))
+        content = self._content(self.sides(batch)[1])
         feature_side = torch.rand(content.shape[0], 1, generator=generator).to(content.device) < self.settings.replaced
         mixed = torch.where(feature_side, content, item_emb)
         share, tau = self.settings.embed_weight, self.settings.temperature

@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mmkd import ops
-from mmkd.models.baselines.base import Baseline, BaselineConfig, take, unit_rows
+from mmkd.models.baselines.base import Baseline, BaselineConfig, rows_of, unit_rows
 
 
 class LATTICEConfig(BaselineConfig):
@@ -69,19 +69,19 @@ class LATTICE(Baseline):
         units = self._projected()
         for m, weight in enumerate(self.importance.softmax(0).unbind()):
             learned = self._weights(units[m], self.learned[m])
-            fixed, moving = (
-                _gather(take(ids, items), take(values, items), x)
-                for ids, values in (self.initial[m], (self.learned[m], learned))
-            )
-            total = total + weight * (share * fixed + (1 - share) * moving)
+            graphs = (*self.initial[m], self.learned[m], learned)
+            ids, fixed, own_ids, moving = (t if items is None else t.index_select(0, items) for t in graphs)
+            mixed = share * _gather(ids, fixed, x) + (1 - share) * _gather(own_ids, moving, x)
+            total = total + weight * mixed
         return total
 
     def vectors(self, generator=None, nodes=None) -> Tensor:
-        own = ops.propagate(self.graph, self.table, self.settings.layers, rows=nodes)
+        own = ops.propagate(self.graph, self.table, self.settings.layers, rows=rows_of(nodes))
         users, items = self.sides(nodes)
         hidden = self.split(self.table)[1]
         for layer in range(1, self.settings.item_layers + 1):
-            hidden = self._convolve(hidden, items if layer == self.settings.item_layers else None)
+            last = nodes is not None and layer == self.settings.item_layers
+            hidden = self._convolve(hidden, items if last else None)
         return torch.cat([own[: len(users)], own[len(users) :] + unit_rows(hidden)])
 
 

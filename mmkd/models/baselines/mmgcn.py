@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mmkd import ops
-from mmkd.models.baselines.base import Baseline, BaselineConfig, take, unit_rows
+from mmkd.models.baselines.base import Baseline, BaselineConfig, Nodes, take, unit_rows
 from mmkd.models.lightgcn import initial_table
 
 
@@ -72,7 +72,7 @@ class MMGCN(Baseline):
             total = total + x
         return total
 
-    def _layer(self, x: Tensor, index: int, nodes: Tensor | None) -> Tensor:
+    def _layer(self, x: Tensor, index: int, nodes: Nodes | None) -> Tensor:
         """The next layer's vectors of `nodes` (of all where None) from this one's `[N, d]`."""
         gathered, x, ids = take(self._gathered(x), nodes), take(x, nodes), take(self.table, nodes)
         hidden = nn.functional.leaky_relu(gathered @ self.aggregate[index])

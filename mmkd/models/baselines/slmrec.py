@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mmkd import ops
-from mmkd.models.baselines.base import Baseline, BaselineConfig, in_batch_nce, unit_rows
+from mmkd.models.baselines.base import Baseline, BaselineConfig, Nodes, in_batch_nce, rows_of, unit_rows
 
 
 class SLMRecConfig(BaselineConfig):
@@ -44,12 +44,12 @@ class SLMRec(Baseline):
         self.onward = nn.ParameterList(self.dense(dim, dim) for _ in range(count))  # P
         self.meet = nn.ParameterList(self.dense(dim, dim) for _ in range(count))  # Q
 
-    def _views(self, nodes: Tensor | None) -> list[Tensor]:
+    def _views(self, nodes: Nodes | None) -> list[Tensor]:
         """The ids' and every modality's vectors of `nodes` (of all where None), `[n, d]` each."""
         users = self.split(self.table)[0]
         content = [unit_rows(table.project(w)) for table, w in zip(self.features, self.project, strict=True)]
         starts = [self.table, *(torch.cat([users, x]) for x in content)]
-        stacked = ops.propagate(self.graph, torch.cat(starts, dim=1), self.settings.layers, rows=nodes)
+        stacked = ops.propagate(self.graph, torch.cat(starts, dim=1), self.settings.layers, rows=rows_of(nodes))
         return list(stacked.chunk(len(starts), dim=1))
 
     def _fused(self, views: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -63,7 +63,7 @@ class SLMRec(Baseline):
         return torch.cat(self._fused([(view[:first], view[first:]) for view in self._views(nodes)]))
 
     def loss(self, batch, generator) -> dict[str, Tensor]:
-        views = [batch.split(view) for view in self._views(batch.rows)]
+        views = [batch.split(view) for view in self._views(batch)]
         picked = [(own.index_select(0, batch.users), items.index_select(0, batch.pos)) for own, items in views]
         main = in_batch_nce(*self._fused(picked), self.settings.temperature)
         (_, own), *modalities = picked

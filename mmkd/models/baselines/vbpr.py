@@ -48,12 +48,13 @@ class VBPR(Baseline):
 
     def _content(self, items: Tensor) -> Tensor:
         """`E f_i` of every modality and the bias `β_i + β' . f_i` of these items, `[n, M d + 1]`."""
-        tables = [table.take(items) for table in self.features]
-        parts = [self._unit(table, weight) for table, weight in zip(tables, self.embedding, strict=True)]
-        content = [self._unit(table, weight) for table, weight in zip(tables, self.visual_bias, strict=True)]
-        return torch.cat([*parts, self.bias.index_select(0, items) + sum(content)], 1)
+        parts = zip(self.features, self.embedding, self.visual_bias, strict=True)
+        # E and β' side by side: one product a modality
+        both = [self._unit(table, torch.cat([e, beta], 1), items) for table, e, beta in parts]
+        bias = self.bias.index_select(0, items) + sum(part[:, -1:] for part in both)
+        return torch.cat([*(part[:, :-1] for part in both), bias], 1)
 
     @staticmethod
-    def _unit(table: FeatureTable, weight: Tensor) -> Tensor:
-        """`F W` with rows of mean square length 1: at that of their width they drown the ids."""
-        return table.project(weight) / table.width**0.5
+    def _unit(table: FeatureTable, weight: Tensor, items: Tensor) -> Tensor:
+        """`F W` of these items with rows of mean square length 1: at that of their width they drown the ids."""
+        return table.project(weight, items) / table.width**0.5
