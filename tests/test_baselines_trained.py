@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,7 +21,10 @@ from mmkd.models.features import FeatureTable
 from mmkd.models.lightgcn import initial_table
 from mmkd.models.student import ENCODERS
 from mmkd.training.baseline_task import BaselineTask
-from mmkd.training.stage import node_batch
+from mmkd.training.checkpoint import load_checkpoint
+from mmkd.training.run_folder import RunFolder
+from mmkd.training.stage import Stage, node_batch
+from mmkd.training.stop import RunStopped, Stop
 
 QUICK = {"lr": 2e-2, "batch_size": 512, "epochs": 25}
 OWN = {
@@ -242,7 +246,44 @@ def test_names_and_refusals(planted, tmp_path):
         with pytest.raises(ConfigError, match=message):
             load_config(content)
     with pytest.raises(ConfigError, match="item features, which bm3 learns from"):
-        from dataclasses import replace
-
         mmkd.train({"model": "bm3", "baselines": []}, out=tmp_path / "f", dataset=replace(planted, features={}))
     assert Config.model_validate({"model": "vbpr"}).models["vbpr"]["lr"] == 1e-3
+
+
+def test_lattice_stopped_within_an_epoch_keeps_its_neighbours(planted, tmp_path, monkeypatch):
+    config = {
+        "model": "lattice", "baselines": [], "dim": 8, "progress": False, "evaluation": {"ks": [20]},
+        "models": {"lattice": {"lr": 5e-2, "batch_size": 256, "epochs": 4, "eval_every": 1, "neighbors": 5}},
+    }  # fmt: skip
+    whole = mmkd.train(config, out=tmp_path / "whole", dataset=planted)
+    looks = [line["val_recall@20"] for line in RunFolder(whole.path).metrics()]
+    alone = replace(planted, test=None)
+    part = mmkd.train(config, out=tmp_path / "val", dataset=alone)
+    assert part.rows["LATTICE"]["recall@20"] == max(looks), "the best look is not what its weights give"
+
+    stop, original = Stop(), Stage._check_finite
+
+    def request(self, epoch, steps, optimizer):
+        original(self, epoch, steps, optimizer)
+        if (epoch, steps[-1][0]) == (2, 3):
+            stop.request()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stage, "_check_finite", request)
+        with pytest.raises(RunStopped):
+            mmkd.train(config, out=tmp_path / "r", dataset=planted, stop=stop)
+    again = mmkd.train(config, out=tmp_path / "r", dataset=planted, resume=True)
+    one, other = (load_checkpoint(r.path / "checkpoints" / "lattice.safetensors")[0] for r in (whole, again))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_lattice_refuses_neighbours_that_cannot_be(planted):
+    model = build("lattice", planted, neighbors=5)
+    model.begin_epoch(0)
+    good = model.epoch_tensors()
+    model.resume_epoch(good)
+    far = good["learned.0"].clone()
+    far[0, 0] = planted.num_items
+    for bad in ({}, good | {"learned.0": good["learned.0"].float()}, good | {"learned.0": far}):
+        with pytest.raises(ValueError, match="expected the neighbours of 120 items"):
+            model.resume_epoch(bad)

@@ -39,5 +39,12 @@ class BaselineTask:
         torch.stack(list(terms.values())).sum().backward()
         return {name: value.detach() for name, value in terms.items()}
 
+    def epoch_tensors(self) -> dict[str, Tensor]:
+        return self.model.epoch_tensors()
+
+    def resume_epoch(self, epoch: int, tensors: dict[str, Tensor]) -> None:
+        self.model.resume_epoch({name: t.to(self.model.graph.device) for name, t in tensors.items()})
+        self._epoch = epoch
+
     def tables(self) -> tuple[Tensor, Tensor]:
         return self.model.tables()

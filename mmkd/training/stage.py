@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -162,6 +162,17 @@ class Task(Protocol):
         """What is evaluated: user and item embeddings."""
 
 
+@runtime_checkable
+class RemembersEpoch(Protocol):
+    """A task whose epoch begins with a choice that its steps use: a run stopped within the epoch goes on with the same one."""
+
+    def epoch_tensors(self) -> dict[str, Tensor]:
+        """What was chosen."""
+
+    def resume_epoch(self, epoch: int, tensors: dict[str, Tensor]) -> None:
+        """Puts it back, epochs counted from 0. Raises ValueError for what it cannot be."""
+
+
 @dataclass
 class StageResult:
     """How a stage went."""
@@ -239,11 +250,16 @@ class Stage:
                 f"checkpoint {self.path}: its counters make no sense ({state}); remove it to start over"
             )
         best = restore_training(tensors, self.task.model, optimizer, self.path)
+        if state["step"] and isinstance(self.task, RemembersEpoch):
+            try:
+                self.task.resume_epoch(state["epoch"], _under(tensors, "epoch."))
+            except ValueError as error:
+                raise CheckpointError(f"checkpoint {self.path}: {error}; remove it to start over") from error
         if state["finished"] and not best:
             raise CheckpointError(
                 f"checkpoint {self.path}: finished, but without best weights; remove it to start over"
             )
-        return state, best, {key.removeprefix("sums."): t for key, t in tensors.items() if key.startswith("sums.")}
+        return state, best, _under(tensors, "sums.")
 
     def _check_weights(self, state: dict) -> None:
         name = first_bad(self.task.model.named_parameters())
@@ -256,7 +272,10 @@ class Stage:
     def _save(self, optimizer, state: dict, best: dict[str, Tensor], sums: dict[str, Tensor] | None = None) -> None:
         self._check_weights(state)
         tensors = training_tensors(self.task.model, optimizer, best)
-        save_checkpoint(self.path, tensors | {f"sums.{key}": value for key, value in (sums or {}).items()}, state)
+        tensors |= {f"sums.{key}": value for key, value in (sums or {}).items()}
+        if state["step"] and isinstance(self.task, RemembersEpoch):
+            tensors |= {f"epoch.{key}": value for key, value in self.task.epoch_tensors().items()}
+        save_checkpoint(self.path, tensors, state)
 
     def _epochs(self, optimizer, state: dict, best: dict[str, Tensor], sums: dict[str, Tensor]) -> dict[str, Tensor]:
         settings = self.settings
@@ -366,6 +385,10 @@ class Stage:
         with torch.no_grad():
             for name, parameter in self.task.model.named_parameters():
                 parameter.copy_(weights[name])
+
+
+def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
 
 
 def _like(value: object, start: object) -> bool:

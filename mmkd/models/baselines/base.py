@@ -97,6 +97,13 @@ class Baseline(nn.Module):
     def begin_epoch(self, epoch: int) -> None:
         """Called before an epoch's first step."""
 
+    def epoch_tensors(self) -> dict[str, Tensor]:
+        """What :meth:`begin_epoch` chose."""
+        return {}
+
+    def resume_epoch(self, tensors: dict[str, Tensor]) -> None:
+        """Puts :meth:`epoch_tensors` back. Raises ValueError for what they cannot be."""
+
     def vectors(self, generator: torch.Generator | None = None, nodes: Nodes | None = None) -> Tensor:
         """Final vectors `[n, w]` of `nodes`, of all where None.
 

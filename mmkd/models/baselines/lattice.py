@@ -57,6 +57,25 @@ class LATTICE(Baseline):
         with torch.no_grad():
             self.learned = [self._similar(unit)[0] for unit in self._projected()]
 
+    def epoch_tensors(self) -> dict[str, Tensor]:
+        return {f"learned.{m}": ids for m, ids in enumerate(self.learned)}
+
+    def resume_epoch(self, tensors) -> None:
+        learned = [tensors.get(f"learned.{m}") for m in range(len(self.features))]
+        for ids, (like, _) in zip(learned, self.initial, strict=True):
+            fits = ids is not None and (ids.shape, ids.dtype) == (like.shape, like.dtype)
+            if not fits or not 0 <= int(ids.min()) <= int(ids.max()) < self.graph.num_items:
+                raise ValueError(f"expected the neighbours of {self.graph.num_items} items in every modality")
+        self.learned = learned
+
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """Ranked with the neighbours of the weights as they are, not of the epoch's beginning, so that weights alone tell."""
+        before = self.learned
+        self.begin_epoch(0)
+        tables = super().tables()
+        self.learned = before
+        return tables
+
     def _projected(self) -> list[Tensor]:
         parts = zip(self.features, self.project, self.offset, strict=True)
         return [unit_rows(table.project(w) + b) for table, w, b in parts]
