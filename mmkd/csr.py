@@ -37,3 +37,11 @@ def from_scipy(matrix: sp.spmatrix) -> tuple[np.ndarray, np.ndarray]:
 def transpose(rowptr: np.ndarray, col: np.ndarray, num_cols: int) -> tuple[np.ndarray, np.ndarray]:
     """The transposed pattern of `(rowptr int64, col int32)`, columns ascending."""
     return _host.csr_transpose(rowptr, col, num_cols)
+
+
+def some_rows(rowptr: np.ndarray, col: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows `rows` of the pattern `(rowptr int64, col int32)`, in that order, as a pattern of their own.
+
+    Raises ValueError for a row out of range or a `rowptr` that falls.
+    """
+    return _host.csr_rows(rowptr, col, np.ascontiguousarray(rows, np.int64))

@@ -34,6 +34,22 @@ def _check_sizes(num_users: int, num_items: int) -> None:
 
 
 @dataclass(frozen=True, eq=False)
+class ItemRows:
+    """The entries of some items, by item and by user; made by `BipartiteGraph.item_rows`.
+
+    Attributes:
+        items: int64 `[n]`.
+        rowptr, col: int64 `[n + 1]`, int32 users. user_rowptr, user_col: int64 `[U + 1]`, int32 positions in `items`.
+    """
+
+    items: Tensor
+    rowptr: Tensor
+    col: Tensor
+    user_rowptr: Tensor
+    user_col: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class BipartiteGraph:
     """Observed interactions `R` (U x I, binary) and the adjacency `A = [[0, R], [R^T, 0]]` built from them.
 
@@ -117,23 +133,40 @@ class BipartiteGraph:
             self._cache["scale64"] = torch.where(degree > 0, degree.clamp(min=1).pow(-0.5), torch.zeros_like(degree))
         return self._cache["scale64"]
 
-    def users_from_items(self, x: Tensor, impl: str = "auto") -> Tensor:
-        """`R̂ x`: `[I, d] -> [U, d]`, differentiable."""
-        return self._half(x, impl, user_side=True)
+    def users_from_items(self, x: Tensor, impl: str = "auto", *, rows: ItemRows | None = None) -> Tensor:
+        """`R̂ x`: `[I, d] -> [U, d]`, differentiable. With `rows` x holds those items alone, `[n, d]`; the others are 0."""
+        return self._half(x, impl, rows, user_side=True)
 
-    def items_from_users(self, x: Tensor, impl: str = "auto") -> Tensor:
-        """`R̂ᵀ x`: `[U, d] -> [I, d]`, differentiable."""
-        return self._half(x, impl, user_side=False)
+    def items_from_users(self, x: Tensor, impl: str = "auto", *, rows: ItemRows | None = None) -> Tensor:
+        """`R̂ᵀ x`: `[U, d] -> [I, d]`, differentiable; with `rows` those items alone, `[n, d]`."""
+        return self._half(x, impl, rows, user_side=False)
 
-    def _half(self, x: Tensor, impl: str, user_side: bool) -> Tensor:
+    def item_rows(self, items: Tensor) -> ItemRows:
+        """What the two products need to go without all other items; no arithmetic, so it can be made ahead of its use.
+
+        Args:
+            items: int64 `[n]`, each in `[0, I)`, in any order. The graph has to be on the CPU.
+
+        Raises ValueError for an item out of range, or a graph elsewhere.
+        """
+        if self.device.type != "cpu":
+            raise ValueError(f"item_rows: expected a graph on the CPU, got {self.device}; use graph.to('cpu')")
+        rowptr, col = csr.some_rows(self.item_rowptr.numpy(), self.item_col.numpy(), items.numpy())
+        arrays = (rowptr, col, *csr.transpose(rowptr, col, self.num_users))
+        return ItemRows(items, *(torch.from_numpy(a) for a in arrays))
+
+    def _half(self, x: Tensor, impl: str, rows: ItemRows | None, user_side: bool) -> Tensor:
         from mmkd import backends
         from mmkd.ops.spmm import plan_of, spmm
 
-        scale = self.scale_as(x.dtype)
-        impl = backends.resolve("spmm", x, impl)
-        r, rt = (self.user_rowptr, self.user_col), (self.item_rowptr, self.item_col)
-        plans = plan_of(self, "users", impl), plan_of(self, "items", impl)
-        row, col = scale[: self.num_users], scale[self.num_users :]
+        row, col = self.scale_as(x.dtype).split([self.num_users, self.num_items])
+        if rows is None:
+            impl = backends.resolve("spmm", x, impl)
+            r, rt = (self.user_rowptr, self.user_col), (self.item_rowptr, self.item_col)
+            plans = plan_of(self, "users", impl), plan_of(self, "items", impl)
+        else:
+            r, rt, plans = (rows.user_rowptr, rows.user_col), (rows.rowptr, rows.col), (None, None)
+            col = col.index_select(0, rows.items)
         if not user_side:
             r, rt, row, col, plans = rt, r, col, row, plans[::-1]
         return spmm(*r, x, row_scale=row, col_scale=col, transpose=rt, plans=plans, impl=impl)

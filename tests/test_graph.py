@@ -41,3 +41,26 @@ def test_refused():
         BipartiteGraph.from_edges([0], [0, 1], 2, 4)
     with pytest.raises(TypeError, match="integer ids"):
         BipartiteGraph.from_edges([0.5], [0], 2, 4)
+
+
+def test_products_with_some_items_alone():
+    rng = np.random.default_rng(0)
+    g = BipartiteGraph.from_edges(rng.integers(0, 20, 200), rng.integers(0, 30, 200), 21, 31)
+    items = torch.tensor([7, 30, 0, 7])  # one of them twice, one that nobody has
+    rows = g.item_rows(items)
+    x = torch.randn(21, 5, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    spread = torch.zeros(31, 5, dtype=torch.float64).index_add(0, items, y)
+    assert torch.equal(g.items_from_users(x, rows=rows), g.items_from_users(x)[items])
+    torch.testing.assert_close(g.users_from_items(y, rows=rows), g.users_from_items(spread))
+    for short, whole, leaf in (
+        (g.items_from_users(x, rows=rows), g.items_from_users(x)[items], x),
+        (g.users_from_items(y, rows=rows), g.users_from_items(spread), y),
+    ):
+        weight = torch.randn_like(short)
+        torch.testing.assert_close(*(torch.autograd.grad((out * weight).sum(), leaf)[0] for out in (short, whole)))
+    assert g.items_from_users(x, rows=g.item_rows(items[:0])).shape == (0, 5)
+    with pytest.raises(ValueError, match="rows: entry 1 is 31, expected"):
+        g.item_rows(torch.tensor([0, 31]))
+    with pytest.raises(ValueError, match="graph on the CPU, got meta"):
+        g.to("meta").item_rows(items)

@@ -100,6 +100,20 @@ def test_teacher_equals_the_written_out_formulas(graph, norm, feature_layers):
 
 @pytest.mark.parametrize("norm", ["mean", "row"])
 @pytest.mark.parametrize("feature_layers", [1, 2])
+def test_some_items_alone_give_the_same_bits_forward_and_backward(graph, norm, feature_layers):
+    rows, seen = torch.tensor([0, 3, 25, 26, 30, 44]), []
+    mask = torch.rand(graph.num_items, len(WIDTHS) * D, generator=torch.Generator().manual_seed(0)).double()
+    for item_rows in (None, graph.item_rows(rows[3:] - graph.num_users)):
+        teacher = make_teacher(graph, norm, feature_layers=feature_layers)
+        out = teacher(rows, 3, mask, item_rows)
+        loss = sum(((i + 1.5) * x).square().sum() for i, x in enumerate((out.joint, out.users, out.items)))
+        loss.backward()
+        seen.append([out.joint, out.users, out.items, *(p.grad for p in teacher.parameters() if p.requires_grad)])
+    assert len(seen[0]) > 8 and all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+
+
+@pytest.mark.parametrize("norm", ["mean", "row"])
+@pytest.mark.parametrize("feature_layers", [1, 2])
 def test_collapse_equals_the_teacher_in_values_and_prompt_gradients(graph, norm, feature_layers):
     teacher = make_teacher(graph, norm, 0.7, feature_layers)
     frozen = FrozenTeacher(teacher)

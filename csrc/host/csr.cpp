@@ -1,5 +1,6 @@
 #include "host/csr.h"
 
+#include <algorithm>
 #include <limits>
 
 #include "host/check.h"
@@ -90,6 +91,23 @@ Csr csr_transpose(const CsrView<int32_t>& m) {
   std::vector<int64_t> next = out.rowptr;
   for (int64_t r = 0; r < m.num_rows; ++r) {
     for (int64_t j = m.rowptr[r]; j < m.rowptr[r + 1]; ++j) out.col[next[m.col[j]]++] = static_cast<int32_t>(r);
+  }
+  return out;
+}
+
+Csr csr_rows(const CsrView<int32_t>& m, const int64_t* rows, int64_t num_rows) {
+  check_ids("rows", rows, num_rows, m.num_rows);
+  Csr out{std::vector<int64_t>(num_rows + 1, 0), {}};
+  for (int64_t i = 0; i < num_rows; ++i) {
+    const int64_t lo = m.rowptr[rows[i]], hi = m.rowptr[rows[i] + 1];
+    if (lo < 0 || lo > hi || hi > m.nnz) {
+      refuse("rowptr: row ", rows[i], " spans [", lo, ", ", hi, "), expected a range within [0, ", m.nnz, "]");
+    }
+    out.rowptr[i + 1] = out.rowptr[i] + hi - lo;
+  }
+  out.col.resize(out.rowptr[num_rows]);
+  for (int64_t i = 0; i < num_rows; ++i) {
+    std::copy(m.col + m.rowptr[rows[i]], m.col + m.rowptr[rows[i] + 1], out.col.begin() + out.rowptr[i]);
   }
   return out;
 }

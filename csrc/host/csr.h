@@ -28,4 +28,7 @@ Csr csr_from_edges(const int64_t* rows, const int64_t* cols, int64_t num_edges, 
 // The transposed pattern, columns ascending.
 Csr csr_transpose(const CsrView<int32_t>& m);
 
+// Some rows of a pattern, in the order asked for. Of `m` it checks what it reads.
+Csr csr_rows(const CsrView<int32_t>& m, const int64_t* rows, int64_t num_rows);
+
 }  // namespace mmkd::host

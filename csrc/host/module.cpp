@@ -72,6 +72,18 @@ py::tuple py_csr_transpose(const Array<int64_t>& rowptr, const Array<int32_t>& c
   return arrays_of(std::move(t));
 }
 
+py::tuple py_csr_rows(const Array<int64_t>& rowptr, const Array<int32_t>& col, const Array<int64_t>& rows) {
+  const CsrView<int32_t> m = view(rowptr, col, 0);  // columns are copied, not looked at
+  check_rank(rows, "rows", 1);
+  if (rowptr.size() == 0) refuse("rowptr: expected num_rows + 1 entries, got none");
+  Csr part;
+  {
+    const py::gil_scoped_release released;
+    part = csr_rows(m, rows.data(), rows.size());
+  }
+  return arrays_of(std::move(part));
+}
+
 template <class Col>
 Sampler make_sampler(const Array<int64_t>& rowptr, const Array<Col>& col, int64_t num_items, int rounds, bool by_pair) {
   const CsrView<Col> m = view(rowptr, col, num_items);
@@ -144,6 +156,8 @@ PYBIND11_MODULE(_host, m) {
         "Distinct pairs as (rowptr int64 [num_rows + 1], col int32 [nnz]), columns ascending. ids: int64 [n].");
   m.def("csr_transpose", &py_csr_transpose, arg("rowptr").noconvert(), arg("col").noconvert(), arg("num_cols"),
         "The transposed pattern as (rowptr int64 [num_cols + 1], col int32 [nnz]), columns ascending.");
+  m.def("csr_rows", &py_csr_rows, arg("rowptr").noconvert(), arg("col").noconvert(), arg("rows").noconvert(),
+        "Rows `rows` (int64 [n], any order) of a pattern, as (rowptr int64 [n + 1], col int32 [their entries]).");
   m.def("compact", &py_compact, arg("users").noconvert(), arg("candidates").noconvert(), arg("num_users"),
         arg("num_items"), arg("extra").noconvert() = py::none(),
         "The nodes of a batch, each once: (rows int64 [n] ascending, number of users among them, users [B] and "

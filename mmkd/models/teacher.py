@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mmkd import ops
-from mmkd.graph import BipartiteGraph
+from mmkd.graph import BipartiteGraph, ItemRows
 from mmkd.models.features import FeatureTable, project_raw
 from mmkd.models.lightgcn import initial_table, rounded
 from mmkd.models.neighbors import NeighborGraph
@@ -54,6 +54,38 @@ def spread(graph: BipartiteGraph, features: Tensor, layers: int) -> tuple[Tensor
         users = graph.users_from_items(items)
         items = graph.items_from_users(users)
     return users, items
+
+
+def spread_to(
+    graph: BipartiteGraph, features: Tensor, layers: int, users: Tensor, items: ItemRows
+) -> tuple[Tensor, Tensor]:
+    """:func:`spread` at some nodes, whose last layer is computed for the items asked for, forward and backward.
+
+    Args:
+        users: int64 ``[n]``, each once. items: ``graph.item_rows`` of the items.
+
+    Returns:
+        ``[n, w]`` and ``[len(items.items), w]``.
+    """
+    if layers > 1:
+        _, features = spread(graph, features, layers - 1)
+    return _LastLayer.apply(graph.users_from_items(features), graph, users, items)
+
+
+class _LastLayer(torch.autograd.Function):
+    """``F_u`` at some users and ``R_hat^T F_u`` at some items; their gradients are added in one table, without a zeroed one."""
+
+    @staticmethod
+    def forward(ctx, table: Tensor, graph: BipartiteGraph, users: Tensor, items: ItemRows) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(users)
+        ctx.graph, ctx.items = graph, items
+        return table.index_select(0, users), graph.items_from_users(table, rows=items)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_users: Tensor, grad_items: Tensor) -> tuple[Tensor, None, None, None]:
+        grad = ctx.graph.users_from_items(grad_items, rows=ctx.items)
+        return grad.index_add_(0, *ctx.saved_tensors, grad_users), None, None, None
 
 
 def prompt_row_scale(design: Tensor, stacked: Tensor, gram: Tensor, eps: float = NORM_EPS) -> Tensor:
@@ -199,22 +231,28 @@ class Teacher(nn.Module):
         return torch.cat([users, items + sum(graph(items) for graph in self.neighbors)])
 
     def forward(
-        self, rows: Tensor | None = None, num_users: int | None = None, mask: Tensor | None = None
-    ) -> TeacherOutput:
+        self, rows: Tensor | None = None, num_users: int | None = None, mask: Tensor | None = None,
+        item_rows: ItemRows | None = None,
+    ) -> TeacherOutput:  # fmt: skip
         """Teacher outputs at all nodes, or at some.
 
         Args:
             rows: node ids to return, users first; all nodes if empty.
             num_users: how many of ``rows`` are users.
             mask: ``[I, M d]`` dropout mask, already divided by the keep probability.
+            item_rows: ``graph.item_rows`` of the items of ``rows``: no other item's features are made or get a gradient.
         """
         features = self.project()
         if mask is not None:
             features = features * mask
-        users, items = spread(self.graph, rounded(features, self.compute), self.feature_layers)
-        if rows is not None:
-            users = users.index_select(0, rows[:num_users])
-            items = items.index_select(0, rows[num_users:] - self.graph.num_users)
+        features = rounded(features, self.compute)
+        if item_rows is not None:
+            users, items = spread_to(self.graph, features, self.feature_layers, rows[:num_users], item_rows)
+        else:
+            users, items = spread(self.graph, features, self.feature_layers)
+            if rows is not None:
+                users = users.index_select(0, rows[:num_users])
+                items = items.index_select(0, rows[num_users:] - self.graph.num_users)
         own = self.table.dtype
         users, items = (torch.stack(x.to(own).chunk(len(self.features), 1)) for x in (users, items))  # [M, n, d]
         ids = self.id_embeddings(rows).to(own)

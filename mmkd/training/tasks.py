@@ -12,7 +12,7 @@ from mmkd import ops
 from mmkd.config import Config, StageConfig
 from mmkd.data import Dataset
 from mmkd.data.sampling import Sampler
-from mmkd.graph import BipartiteGraph
+from mmkd.graph import BipartiteGraph, ItemRows
 from mmkd.models.lightgcn import LightGCN
 from mmkd.models.teacher import Teacher
 from mmkd.training.collapse import FrozenTeacher
@@ -75,10 +75,12 @@ class TeacherTask:
             self.settings.lr,
         )
 
-    def _batch(self, epoch: int, step: int) -> tuple[NodeBatch, Tensor | None]:
+    def _batch(self, epoch: int, step: int) -> tuple[NodeBatch, ItemRows | None, Tensor | None]:
         users, candidates = to_tensors(self.sampler.batch(epoch, step))
         batch = node_batch(users, candidates, self.graph.num_users, shared=self.shared(epoch, step, users))
-        return batch, self._mask(epoch, step)
+        items = batch.rows[batch.num_users :] - self.graph.num_users
+        rows = self.graph.item_rows(items) if self.graph.device.type == "cpu" else None
+        return batch, rows, self._mask(epoch, step)
 
     def _mask(self, epoch: int, step: int) -> Tensor | None:
         """`[I, M d]`, 0 or 1 / (1 - p): one random byte per entry, so `p` is a multiple of 1/256."""
@@ -92,13 +94,15 @@ class TeacherTask:
         drawn = words.view(torch.uint8)[:count]
         if self.graph.device.type != "cpu":
             return (drawn.to(self.graph.device).view(shape) >= dropped).float().mul_(256 / (256 - dropped))
-        scales = np.where(np.arange(256) >= dropped, 256 / (256 - dropped), 0.0).astype(np.float32)
-        return torch.from_numpy(scales[drawn.numpy()].reshape(shape))
+        mask = (drawn.numpy() >= dropped).astype(np.float32)
+        mask *= np.float32(256 / (256 - dropped))
+        return torch.from_numpy(mask.reshape(shape))
 
     def step(self, epoch: int, step: int) -> dict[str, Tensor]:
-        batch, mask = self.batch(epoch, step)
+        batch, item_rows, mask = self.batch(epoch, step)
         batch = batch.to(self.graph.device)
-        out = self.model(batch.rows, batch.num_users, None if mask is None else mask.to(self.graph.device))
+        mask = None if mask is None else mask.to(self.graph.device)
+        out = self.model(batch.rows, batch.num_users, mask, item_rows)
         terms = {"ranking": ranking_loss(*batch.split(out.joint), batch)}
         if self.settings.modality_loss:
             heads = [ranking_loss(u, i, batch) for u, i in zip(out.users, out.items, strict=True)]

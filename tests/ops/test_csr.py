@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -93,6 +95,27 @@ def test_malformed_is_refused_before_it_is_followed(p):
         Sampler(matrix, 2, 4)
     with refused:
         BipartiteGraph.from_scipy(matrix)
+
+
+@settings(max_examples=40)
+@given(patterns(tidy=False), st.data())
+def test_some_rows(p, data):
+    rows = np.array(data.draw(st.lists(st.integers(0, p.num_rows - 1), max_size=8)), np.int64)
+    got = Pattern(*csr.some_rows(p.rowptr, p.col.astype(np.int32), rows), p.num_cols)
+    assert np.array_equal(dense(got), dense(p)[rows])
+
+
+@settings(max_examples=80)
+@given(malformed())
+def test_some_rows_of_malformed_stay_within_it(p):
+    col = p.col.astype(np.int32)
+    try:
+        got = csr.some_rows(p.rowptr, col, np.arange(p.num_rows))
+    except ValueError as error:
+        assert "rowptr: row" in str(error)
+    else:  # the rows themselves are sound, whatever `rowptr` begins or ends with
+        spans = [col[a:b] for a, b in pairwise(p.rowptr)]
+        assert np.array_equal(got[1], np.concatenate(spans)) and got[0][-1] == len(got[1])
 
 
 @settings(max_examples=40)
