@@ -21,7 +21,7 @@ from mmkd.config import load_config
 from mmkd.experiments import cells as cells_module
 from mmkd.experiments.cells import Study
 from mmkd.experiments.figures import mixing
-from mmkd.experiments.incremental import before
+from mmkd.experiments.incremental import before, earlier
 from mmkd.experiments.parallel import side_by_side
 from mmkd.experiments.tables import significance
 from mmkd.training import RunStopped
@@ -269,6 +269,15 @@ def test_the_grown_graph_only_adds(study):
     old = before(data, 0)
     assert 0.8 < old.train.nnz / data.train.nnz < 0.97
     assert (old.train.multiply(data.train)).nnz == old.train.nnz and old.val is data.val
+
+
+def test_the_earlier_study_has_the_searched_settings_and_less_data_in_every_process(study, tmp_path):
+    now = Study(tmp_path, study.config, seeds=1, jobs=2)
+    (tmp_path / "tuned.json").write_text('{"bm3": {"models.bm3.l2": 0.5}}')
+    past, kept = earlier(now), before(study.dataset(0), 0).train.nnz
+    assert past.settings({"model": "bm3"}, 0).models["bm3"]["l2"] == 0.5
+    for cell in past.cells([({"model": "popularity"}, 0), ({"model": "item-knn"}, 0)]):
+        assert json.loads((cell.path / "run.json").read_text())["data"]["interactions"]["train"] == kept
 
 
 def test_significance_and_mixing():

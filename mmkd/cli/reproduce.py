@@ -27,7 +27,7 @@ def reproduce(
             "--jobs",
             "-j",
             min=1,
-            help="Runs at a time of search, tables 4 to 6 and figure 4, each with its share of the threads.",
+            help="Runs at a time, each with its share of the threads.",
         ),
     ] = 1,
     out: Annotated[Path | None, typer.Option(help="Folder. Default: results/<data>[-quick].")] = None,

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -52,19 +52,23 @@ class Study:
         quick: two epochs, a narrow model, one seed and short sweeps.
         jobs: cells that are trained at a time, each in a process with its share of the threads.
         test: False takes the test part away.
+        prepare: a module's function of a data set and a seed that gives what the cells see.
 
     Attributes:
         datasets: by seed, loaded when first asked for. One that is set by hand is not seen by the processes of `jobs`.
+        tuned: file of what the search chose.
         stop: what ends the cell at hand.
         in_parent: False in one of those processes, which have their share of the threads and no progress bars.
     """
 
     def __init__(
-        self, out: Path, config: Config, seeds: int = 5, quick: bool = False, jobs: int = 1, test: bool = True
-    ) -> None:
+        self, out: Path, config: Config, seeds: int = 5, quick: bool = False, jobs: int = 1, test: bool = True,
+        prepare: Callable[[Dataset, int], Dataset] | None = None,
+    ) -> None:  # fmt: skip
         if jobs < 1:
             raise ValueError(f"jobs: expected at least 1, got {jobs}")
-        self.out, self.quick, self.jobs, self.test = Path(out), quick, jobs, test
+        self.out, self.quick, self.jobs, self.test, self.prepare = Path(out), quick, jobs, test, prepare
+        self.tuned = self.out / "tuned.json"
         self.seeds = range(QUICK["seeds"] if quick else seeds)
         self.config = _quick(config) if quick else config
         self.datasets: dict[int, Dataset] = {}
@@ -74,7 +78,8 @@ class Study:
         """The data as a run with this seed sees it (the split may depend on the seed)."""
         if seed not in self.datasets:
             whole = load_configured(self.config.data, seed)
-            self.datasets[seed] = whole if self.test else replace(whole, test=None)
+            whole = whole if self.test else replace(whole, test=None)
+            self.datasets[seed] = self.prepare(whole, seed) if self.prepare else whole
         return self.datasets[seed]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -87,8 +92,7 @@ class Study:
 
     def settings(self, changes: dict[str, Any], seed: int) -> Config:
         """The shared settings, what the search chose for the model (`tuned.json`), and `{"teacher.lr": 1e-3, ...}` on top."""
-        file = self.out / "tuned.json"
-        tuned = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        tuned = json.loads(self.tuned.read_text(encoding="utf-8")) if self.tuned.exists() else {}
         changes = tuned.get(changes.get("model", self.config.model), {}) | changes
         overrides = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
         base = self.config.model_dump(mode="json") | {"baselines": [], "seed": seed}

@@ -123,10 +123,11 @@ def figure3(study: Study) -> Path:
     chosen = np.random.Generator(np.random.Philox(0)).permutation(data.num_items)[:SHOWN]
     tables = [FeatureTable(name, x) for name, x in data.features.items()]
     width = min(study.config.dim, *(t.width for t in tables))
+    cells = study.cells([({}, 0), (without, 0)])
     panels = {
         "raw features (PCA)": [principal_components(t, width).numpy() for t in tables],
-        "f^m with prompt": encoded(study, study.cell(), {}),
-        "f^m without prompt": encoded(study, study.cell(without), without),
+        "f^m with prompt": encoded(study, cells[0], {}),
+        "f^m without prompt": encoded(study, cells[1], without),
     }
     figure, axes = new_figure(3)
     records, rows = [], []

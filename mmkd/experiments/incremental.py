@@ -41,15 +41,20 @@ def before(dataset: Dataset, seed: int) -> Dataset:
     return replace(dataset, name=f"{dataset.name}-before", train=old)
 
 
+def earlier(study: Study) -> Study:
+    """The same study before the last interactions came, with what its search chose."""
+    past = Study(study.out / "before", study.config, seeds=1, jobs=study.jobs, prepare=before)
+    past.stop, past.tuned = study.stop, study.tuned
+    return past
+
+
 def adapt(study: Study) -> list[dict[str, Any]]:
     """One epoch of every model on the grown graph: metrics before (on the old graph) and after, seconds of the epoch."""
     new = study.dataset(0)
-    past = Study(study.out / "before", study.config, seeds=1)
-    past.datasets[0], past.stop = before(new, 0), study.stop
+    past = earlier(study)
     part = "test" if new.test is not None and new.test.nnz else "val"
-    records = []
-    for name in ("lattice", "bm3", "mmkd"):
-        cell = past.cell({"model": name})
+    names, records = ("lattice", "bm3", "mmkd"), []
+    for name, cell in zip(names, past.cells([({"model": name}, 0) for name in names]), strict=True):
         tables, seconds = _updated(cell, past, new) if name == "mmkd" else _retrained(name, cell, study, new)
         after = evaluate(*tables, new, part, (20,))
         records.append({
