@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mmkd import BipartiteGraph, ops
+from mmkd.models import neighbors
 from mmkd.models.features import FeatureTable
 from mmkd.models.lightgcn import LightGCN, initial_table, matching_table
 from mmkd.models.neighbors import neighbor_graph
@@ -245,6 +246,13 @@ def test_unit_rows_all_count_the_same():
     centred = torch.from_numpy(x - x.mean(0))
     torch.testing.assert_close(unit, 2 * torch.nn.functional.normalize(centred, dim=1))
     assert FeatureTable("x", np.full((3, 4), 7.0), "unit").prepared().eq(0).all()
+
+
+def test_neighbours_are_looked_for_by_the_features_where_that_is_affordable(monkeypatch):
+    table, components = FeatureTable("x", np.random.default_rng(0).standard_normal((30, 8)), "unit"), torch.ones(30, 3)
+    assert torch.equal(neighbors.neighbor_vectors(table, components), table.prepared())
+    monkeypatch.setattr(neighbors, "AFFORDABLE", 30 * 30 * 8 - 1)
+    assert neighbors.neighbor_vectors(table, components) is components
 
 
 def test_neighbours_are_the_nearest_by_cosine_and_their_product_differentiates():

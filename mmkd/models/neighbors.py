@@ -9,6 +9,10 @@ import torch
 from torch import Tensor
 
 from mmkd import csr, ops
+from mmkd.models.features import FeatureTable
+
+# Multiplications, about 15 seconds on two cores, up to which neighbours are looked for by the features themselves.
+AFFORDABLE = 1e12
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,11 @@ class NeighborGraph:
     def to(self, device: torch.device | str) -> NeighborGraph:
         """The same graph on `device`."""
         return NeighborGraph(self.rowptr.to(device), self.col.to(device), self.scale.to(device))
+
+
+def neighbor_vectors(table: FeatureTable, components: Tensor) -> Tensor:
+    """What items are compared by: the features, `[I, d_m]`, where `I^2 d_m` is affordable, else `components`, `[I, d]`."""
+    return table.prepared() if table.num_items**2 * table.width <= AFFORDABLE else components
 
 
 def neighbor_graph(vectors: Tensor, k: int) -> NeighborGraph:

@@ -23,7 +23,7 @@ from mmkd.memory import release
 from mmkd.models.baselines import COUNTED, TITLES, TRAINED, ItemKNN
 from mmkd.models.features import FeatureTable
 from mmkd.models.lightgcn import LightGCN, initial_table, matching_table
-from mmkd.models.neighbors import NeighborGraph, neighbor_graph
+from mmkd.models.neighbors import NeighborGraph, neighbor_graph, neighbor_vectors
 from mmkd.models.prompt import Prompt, mean_components, principal_components
 from mmkd.models.student import ENCODERS
 from mmkd.models.teacher import Teacher
@@ -229,15 +229,16 @@ class Run:
             self.graph, tables, prompt, layers=c.teacher.layers,
             feature_layers=c.teacher.feature_layers, feature_weight=c.teacher.feature_weight, strength=c.prompt.strength,
             norm=c.prompt.norm, init=c.teacher.init, generator=seeded(seed, 0, 0, tag=5), compute=self.compute,
-            neighbors=self._neighbors(components),
+            neighbors=self._neighbors(tables, components),
         ).to(self.device)  # fmt: skip
 
-    def _neighbors(self, components: list[Tensor]) -> list[NeighborGraph]:
-        """The neighbour graphs of the modalities, by their principal components; without those that know nothing."""
+    def _neighbors(self, tables: list[FeatureTable], components: list[Tensor]) -> list[NeighborGraph]:
+        """The neighbour graphs of the modalities, without those that know nothing."""
         k, metric = self.config.teacher.neighbors, self.config.evaluation.metric
         if not k:
             return []
-        graphs = [neighbor_graph(part.to(self.device), k) for part in components]
+        pairs = zip(tables, components, strict=True)
+        graphs = [neighbor_graph(neighbor_vectors(*pair).to(self.device), k) for pair in pairs]
         if self._gated:
             graphs = [graph for graph in graphs if knows_taste(graph, self.dataset, metric)]
             log.info("teacher: the neighbour graphs of %d of %d modalities", len(graphs), len(components))
