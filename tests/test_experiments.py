@@ -23,7 +23,7 @@ from mmkd.experiments.cells import Study
 from mmkd.experiments.figures import mixing
 from mmkd.experiments.incremental import before, earlier
 from mmkd.experiments.parallel import side_by_side
-from mmkd.experiments.tables import significance
+from mmkd.experiments.tables import ablation, significance
 from mmkd.training import RunStopped
 from mmkd.training.checkpoint import load_checkpoint
 
@@ -56,6 +56,10 @@ def test_table5_and_figure5_share_cells_and_are_read_back(study, monkeypatch):
     assert table5(study).read_text().split("## ")[0] == text.split("## ")[0]
     assert "student" in figure5(study).read_text() and (study.out / "figure5.png").stat().st_size > 5000
     assert "item_emb0" in table8(study).read_text()
+    settings = [study.settings(changes, 0) for changes in ({}, ablation(study)["random start"])]
+    assert [s.student.init for s in settings] == ["match", "xavier"]
+    assert settings[0].student.lr != settings[1].student.lr == settings[1].lightgcn.lr
+    assert settings[0].distill == settings[1].distill
 
 
 def test_jobs_side_by_side_leave_the_same_cells(study, tmp_path):
