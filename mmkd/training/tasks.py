@@ -79,7 +79,7 @@ class TeacherTask:
         users, candidates = to_tensors(self.sampler.batch(epoch, step))
         batch = node_batch(users, candidates, self.graph.num_users, shared=self.shared(epoch, step, users))
         items = batch.rows[batch.num_users :] - self.graph.num_users
-        rows = self.graph.item_rows(items) if self.graph.device.type == "cpu" else None
+        rows = self.graph.item_rows(items) if self.graph.device.type == "cpu" else None  # cut out on the host
         return batch, rows, self._mask(epoch, step)
 
     def _mask(self, epoch: int, step: int) -> Tensor | None:
