@@ -117,5 +117,5 @@ def student_loss(
     )
     student = torch.cat([student_users, student_items])[nodes]
     targets = [torch.cat([u, i])[nodes] for u, i in zip(head_users, head_items, strict=True)]
-    loss = loss + d.emb * reference.emb_kd(student, targets, d.emb_gamma)
+    loss = loss + d.emb * reference.emb_kd(student, targets, d.emb_gamma, len(targets) * modality_weights)
     return loss + _l2(table, users, candidates, graph.num_users, config.student.l2)

@@ -66,10 +66,10 @@ STABLE_TORCH_LIBRARY(mmkd, m) {
   m.def(
       "list_kd_scores_backward(Tensor grad, Tensor student_logits, Tensor teacher_logits, Tensor modality_weights, "
       "float alpha, float beta, float tau, bool coupled, bool need_student, bool need_teacher) -> (Tensor, Tensor)");
-  m.def("emb_kd(Tensor student, Tensor teachers, float gamma) -> (Tensor loss, Tensor stats)");
+  m.def("emb_kd(Tensor student, Tensor teachers, Tensor modality_weights, float gamma) -> (Tensor loss, Tensor stats)");
   m.def(
-      "emb_kd_backward(Tensor grad, Tensor student, Tensor teachers, Tensor stats, float gamma, bool need_student, "
-      "bool need_teachers) -> (Tensor, Tensor)");
+      "emb_kd_backward(Tensor grad, Tensor student, Tensor teachers, Tensor modality_weights, Tensor stats, float gamma, "
+      "bool need_student, bool need_teachers) -> (Tensor, Tensor)");
   // Gradients that are not there are None; the one of `state` comes back.
   m.def(
       "frozen_teacher(Tensor content, Tensor design, Tensor ids, Tensor omega, Tensor state, Tensor nodes, Tensor "

@@ -39,7 +39,7 @@ def _cosine(ee, ef, ff):
 
 @triton.jit
 def _emb_kd(
-    student, teachers, stats, loss, n, d, M, gamma: tl.float64,
+    student, teachers, weights, stats, loss, n, d, M, gamma: tl.float64,
     KIND: tl.constexpr, DOUBLE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -67,13 +67,13 @@ def _emb_kd(
         tl.store(stats + row * width + 1 + 2 * m, ef, mask=live)
         tl.store(stats + row * width + 2 + 2 * m, ff, mask=live)
         cosine, _inverse = _cosine(ee, ef, ff)
-        total += _power(_above(1 - cosine), tl.full([], gamma, zero.dtype), KIND)
+        total += tl.load(weights + m) * _power(_above(1 - cosine), tl.full([], gamma, zero.dtype), KIND)
     tl.store(loss + row, total, mask=live)
 
 
 @triton.jit
 def _emb_kd_backward(
-    grad, student, teachers, stats, grad_student, grad_teachers, n, d, M, gamma: tl.float64,
+    grad, student, teachers, weights, stats, grad_student, grad_teachers, n, d, M, gamma: tl.float64,
     KIND: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -90,7 +90,7 @@ def _emb_kd_backward(
         ef = tl.load(stats + row * width + 1 + 2 * m, mask=live, other=0.0)
         ff = tl.load(stats + row * width + 2 + 2 * m, mask=live, other=0.0)
         cosine, inverse = _cosine(ee, ef, ff)
-        slope = scale * _power(_above(1 - cosine), exponent - 1, KIND)
+        slope = scale * tl.load(weights + m) * _power(_above(1 - cosine), exponent - 1, KIND)
         place = (tl.cast(n, tl.int64) * m + row[:, None]) * d + columns
         f = tl.load(teachers + place, mask=mask, other=0.0).to(ee.dtype)
         if grad_student is not None:
@@ -113,15 +113,15 @@ def _kind(exponent: float) -> int:
     return int(exponent) if exponent in (0.0, 1.0, 2.0) else -1
 
 
-def emb_kd(student: Tensor, teachers: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    """`sum_m mean_i (1 - cos)^gamma`, and per row `|e|^2, then (e.f, |f|^2)` of each modality for the backward."""
+def emb_kd(student: Tensor, teachers: Tensor, modality_weights: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+    """`sum_m v_m mean_i (1 - cos)^gamma`, and per row `|e|^2, then (e.f, |f|^2)` of each modality for the backward."""
     n, d = student.shape
     stats = student.new_empty(n, 1 + 2 * teachers.shape[0], dtype=launch.accumulate_type(student.dtype))
     loss = stats.new_empty(n)
     if n:
         kernel = launch.choose(_emb_kd)
         wrap_triton(kernel)[lambda meta: (triton.cdiv(n, meta["BLOCK_N"]),)](
-            student, teachers, stats, loss, n, d, teachers.shape[0], gamma,
+            student, teachers, modality_weights, stats, loss, n, d, teachers.shape[0], gamma,
             KIND=_kind(gamma), DOUBLE=stats.dtype == torch.float64, BLOCK_D=launch.column_block(student),
         )  # fmt: skip
     return loss.sum() / max(1, n), stats
@@ -131,6 +131,7 @@ def emb_kd_backward(
     grad: Tensor,
     student: Tensor,
     teachers: Tensor,
+    modality_weights: Tensor,
     stats: Tensor,
     gamma: float,
     need_student: bool,
@@ -144,7 +145,7 @@ def emb_kd_backward(
         block_d = launch.column_block(student)
         kernel = launch.choose(_emb_kd_backward)
         wrap_triton(kernel)[lambda meta: (triton.cdiv(n, meta["BLOCK_N"]), triton.cdiv(d, block_d))](
-            grad, student, teachers, stats, by_student, by_teachers, n, d, teachers.shape[0], gamma,
+            grad, student, teachers, modality_weights, stats, by_student, by_teachers, n, d, teachers.shape[0], gamma,
             KIND=_kind(gamma - 1), BLOCK_D=block_d,
         )  # fmt: skip
     nothing = student.new_empty(0)

@@ -160,7 +160,8 @@ class DistillConfig(_Section):
     negatives: int = Field(10, ge=1, le=4095, description="K - 1, negatives per list; the first is BPR's")
     modality_weights: Literal["uniform", "validation"] = Field(
         "validation",
-        description="weight of modality m: 1/|M|; or that times min(1, recall of its head / recall of the teacher)^power",
+        description="weight of modality m in ListKD: 1/|M|; or that times min(1, recall of its head / recall of the teacher)^power; "
+        "in EmbKD, a sum, |M| times as much",
     )
     modality_power: float = Field(2.0, ge=0, description="the power in modality_weights=validation")
     emb: float = Field(0.01, ge=0, description="lambda_4, weight of EmbKD")

@@ -55,17 +55,17 @@ class ListKDLoss(nn.Module):
 
 
 class EmbKDLoss(nn.Module):
-    """`sum_m mean_i (1 - cos(e_i, f_i^m))^gamma` (paper, Eq. 11).
+    """`sum_m v_m mean_i (1 - cos(e_i, f_i^m))^gamma` (paper, Eq. 11).
 
-    Shapes: `student` `[n, d]`, `teacher` `[n, d]` or `[M, n, d]` -> scalar.
+    Shapes: `student` `[n, d]`, `teacher` `[n, d]` or `[M, n, d]`, `modality_weights` `[M]`, 1 each if not given -> scalar.
     """
 
     def __init__(self, gamma: float = 2.0) -> None:
         super().__init__()
         self.gamma = gamma
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return ops.emb_kd_loss(student, teacher, gamma=self.gamma)
+    def forward(self, student: Tensor, teacher: Tensor, modality_weights: Tensor | None = None) -> Tensor:
+        return ops.emb_kd_loss(student, teacher, gamma=self.gamma, modality_weights=modality_weights)
 
     def extra_repr(self) -> str:
         return f"gamma={self.gamma}"

@@ -138,6 +138,23 @@ def test_every_term_can_be_switched(dataset, tmp_path, distill):
         assert (name in terms) == (distill.get(name, 1) != 0)
 
 
+def test_embedding_kd_counts_a_modality_as_list_kd_does(dataset, tmp_path):
+    config = quick(distill={"emb": 0.5, "emb_sample": None})
+    run = Run(config, dataset, RunFolder.start(tmp_path / "r", config, dataset, False))
+    teacher = run.build_teacher()
+
+    def term(*weights: float) -> torch.Tensor:
+        return run.student_task(teacher, torch.tensor(weights)).step(0, 0)["emb"]
+
+    first, second, both = term(1.0, 0.0), term(0.0, 1.0), term(0.5, 0.5)
+    assert first > 0 and second > 0 and first != second and term(0.0, 0.0) == 0
+    torch.testing.assert_close(first + second, 2 * both)  # weights that sum to one: a mean of the two
+    heads = [torch.cat([u, i]) for u, i in zip(teacher().users, teacher().items, strict=True)]
+    table, items = torch.cat(teacher.tables()), slice(dataset.num_users, None)
+    paper = ops.emb_kd_loss(table[items], [head[items] for head in heads], gamma=config.distill.emb_gamma)
+    torch.testing.assert_close(both, 0.5 * paper.detach(), rtol=1e-3, atol=1e-5)  # uniform: the paper's sum
+
+
 def test_node_batch_and_l2_against_plain_indexing():
     graph = BipartiteGraph.from_edges([0, 1, 2, 3], [0, 1, 2, 0], 4, 3)
     users, candidates = torch.tensor([1, 3, 1]), torch.tensor([[1, 0, 2], [0, 2, 2], [1, 1, 0]])

@@ -7,7 +7,7 @@ namespace {
 
 constexpr int64_t kMostTeachers = 16;  // the kernel keeps their coefficients in registers
 
-EmbKDArgs args_of(const Tensor& student, const Tensor& teachers, double gamma) {
+EmbKDArgs args_of(const Tensor& student, const Tensor& teachers, const Tensor& weights, double gamma) {
   check_float(student, "student");
   check_dim(student, "student", 2);
   check_dim(teachers, "teachers", 3);
@@ -17,11 +17,16 @@ EmbKDArgs args_of(const Tensor& student, const Tensor& teachers, double gamma) {
   MMKD_CHECK(student.is_contiguous() && teachers.is_contiguous(), "student, teachers: expected contiguous tensors");
   MMKD_CHECK(teachers.size(0) <= kMostTeachers, "teachers: expected at most ", kMostTeachers, ", got ",
              teachers.size(0));
+  check_dim(weights, "modality_weights", 1);
+  check_size(weights, "modality_weights", 0, teachers.size(0));
+  check_type(weights, "modality_weights", accumulate_type(student.scalar_type()));
+  MMKD_CHECK(weights.is_contiguous(), "modality_weights: expected a contiguous tensor");
   MMKD_CHECK(gamma >= 1, "gamma: expected >= 1, got ", gamma);
   EmbKDArgs a{};
   a.dtype = dtype_of(student);
   a.student = student.const_data_ptr();
   a.teachers = teachers.const_data_ptr();
+  a.weights = weights.const_data_ptr();
   a.n = student.size(0);
   a.d = student.size(1);
   a.num_teachers = teachers.size(0);
@@ -29,8 +34,8 @@ EmbKDArgs args_of(const Tensor& student, const Tensor& teachers, double gamma) {
   return a;
 }
 
-std::tuple<Tensor, Tensor> emb_kd(Tensor student, Tensor teachers, double gamma) {
-  EmbKDArgs a = args_of(student, teachers, gamma);
+std::tuple<Tensor, Tensor> emb_kd(Tensor student, Tensor teachers, Tensor weights, double gamma) {
+  EmbKDArgs a = args_of(student, teachers, weights, gamma);
   const ScalarType acc = accumulate_type(student.scalar_type());
   Tensor stats = empty({a.n, 1 + 2 * a.num_teachers}, student, acc);
   a.stats = stats.mutable_data_ptr();
@@ -42,9 +47,9 @@ std::tuple<Tensor, Tensor> emb_kd(Tensor student, Tensor teachers, double gamma)
   return {mean_of(sums.get(), blocks, a.n, stats, acc == ScalarType::Double), stats};
 }
 
-std::tuple<Tensor, Tensor> emb_kd_backward(Tensor grad, Tensor student, Tensor teachers, Tensor stats, double gamma,
-                                           bool need_student, bool need_teachers) {
-  EmbKDArgs a = args_of(student, teachers, gamma);
+std::tuple<Tensor, Tensor> emb_kd_backward(Tensor grad, Tensor student, Tensor teachers, Tensor weights, Tensor stats,
+                                           double gamma, bool need_student, bool need_teachers) {
+  EmbKDArgs a = args_of(student, teachers, weights, gamma);
   check_dim(stats, "stats", 2);
   check_size(stats, "stats", 0, a.n);
   check_size(stats, "stats", 1, 1 + 2 * a.num_teachers);

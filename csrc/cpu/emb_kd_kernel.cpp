@@ -75,6 +75,7 @@ double losses_typed(const EmbKDArgs& a, int64_t begin, int64_t end) {
   using V = typename Vec<A>::V;
   constexpr int64_t lanes = Vec<A>::size;
   const int64_t m_count = a.num_teachers, d = a.d, wide = 1 + 2 * m_count;
+  const A* weights = static_cast<const A*>(a.weights);
   double total = 0;
   for (int64_t i0 = begin; i0 < end; i0 += lanes) {
     const int64_t count = end - i0 < lanes ? end - i0 : lanes;
@@ -92,7 +93,7 @@ double losses_typed(const EmbKDArgs& a, int64_t begin, int64_t end) {
         stats[i * wide + 1 + 2 * m] = ef[i];
         stats[i * wide + 2 + 2 * m] = ff[i];
       }
-      loss += scaled_error<A>(ee, Vec<A>::load(ef), Vec<A>::load(ff), static_cast<A>(a.gamma));
+      loss += weights[m] * scaled_error<A>(ee, Vec<A>::load(ef), Vec<A>::load(ff), static_cast<A>(a.gamma));
     }
     for (int64_t i = 0; i < count; ++i) total += static_cast<double>(loss[i]);
   }
@@ -138,25 +139,26 @@ void grads_typed(const EmbKDArgs& a, int64_t begin, int64_t end) {
   using A = Acc<T>;
   const int64_t m_count = a.num_teachers, d = a.d, step = a.n * d;
   const A gamma = static_cast<A>(a.gamma), scale = static_cast<A>(a.scale) * gamma;
+  const A* weights = static_cast<const A*>(a.weights);
   for (int64_t i = begin; i < end; ++i) {
     const T* e = static_cast<const T*>(a.student) + i * d;
     const T* f = static_cast<const T*>(a.teachers) + i * d;
     const A* stats = static_cast<const A*>(a.stats) + i * (1 + 2 * m_count);
-    A weight[kTeachers], along_e = 0;
+    A across_e[kTeachers], along_e = 0;
     for (int64_t m = 0; m < m_count; ++m) {
       const Cosine<A> cos = cosine(stats[0], stats[1 + 2 * m], stats[2 + 2 * m]);
       const A rest = 1 - cos.value;
-      const A slope = cos.live && !(rest < 0) ? -scale * raised(rest, gamma - 1) : A(0);  // d loss / d cos
+      const A slope = cos.live && !(rest < 0) ? -scale * weights[m] * raised(rest, gamma - 1) : A(0);  // d loss / d cos
       const A across = slope / cos.norms;
       along_e -= cos.live ? slope * cos.value / stats[0] : A(0);
       if (a.grad_teachers) {
         const A along_f = cos.live ? -slope * cos.value / stats[2 + 2 * m] : A(0);
         blend(static_cast<T*>(a.grad_teachers) + i * d + m * step, across, e, along_f, f + m * step, d, a.stream);
       }
-      weight[m] = across;
+      across_e[m] = across;
     }
     if (a.grad_student) {
-      student_row(static_cast<T*>(a.grad_student) + i * d, along_e, e, weight, f, step, m_count, d, a.stream);
+      student_row(static_cast<T*>(a.grad_student) + i * d, along_e, e, across_e, f, step, m_count, d, a.stream);
     }
   }
   if (a.stream) finish_streams();

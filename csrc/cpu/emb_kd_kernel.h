@@ -11,6 +11,7 @@ struct EmbKDArgs {
   DType dtype;           // of student, teachers and their gradients
   const void* student;   // [n, d]
   const void* teachers;  // [M, n, d]
+  const void* weights;   // [M] accumulator type, of each teacher
   void* stats;           // [n, 1 + 2M] accumulator type: <e, e>, then <e, f>, <f, f> of each teacher
   void* grad_student;    // [n, d] or null (backward)
   void* grad_teachers;   // [M, n, d] or null

@@ -5,17 +5,21 @@
 namespace mmkd::cuda {
 namespace {
 
-EmbArgs args_of(const Tensor& student, const Tensor& teachers, double gamma) {
+EmbArgs args_of(const Tensor& student, const Tensor& teachers, const Tensor& weights, double gamma) {
   check_table(student, "student");
   check_dim(teachers, "teachers", 3);
   check_like(teachers, "teachers", student.scalar_type());
   check_size(teachers, "teachers", 1, student.size(0));
   check_size(teachers, "teachers", 2, student.size(1));
+  check_dim(weights, "modality_weights", 1);
+  check_size(weights, "modality_weights", 0, teachers.size(0));
+  check_like(weights, "modality_weights", accumulate_type(student.scalar_type()));
   MMKD_CHECK(gamma >= 1, "gamma: expected >= 1, got ", gamma);
   EmbArgs a{};
   a.dtype = dtype_of(student);
   a.student = student.const_data_ptr();
   a.teachers = teachers.const_data_ptr();
+  a.weights = weights.const_data_ptr();
   a.n = student.size(0);
   a.d = student.size(1);
   a.modalities = teachers.size(0);
@@ -24,8 +28,8 @@ EmbArgs args_of(const Tensor& student, const Tensor& teachers, double gamma) {
   return a;
 }
 
-std::tuple<Tensor, Tensor> emb_kd(Tensor student, Tensor teachers, double gamma) {
-  EmbArgs a = args_of(student, teachers, gamma);
+std::tuple<Tensor, Tensor> emb_kd(Tensor student, Tensor teachers, Tensor weights, double gamma) {
+  EmbArgs a = args_of(student, teachers, weights, gamma);
   const Device device(student);
   const ScalarType acc = accumulate_type(student.scalar_type());
   Tensor stats = empty({a.n, 1 + 2 * a.modalities}, student, acc);
@@ -38,9 +42,9 @@ std::tuple<Tensor, Tensor> emb_kd(Tensor student, Tensor teachers, double gamma)
   return {loss, stats};
 }
 
-std::tuple<Tensor, Tensor> emb_kd_backward(Tensor grad, Tensor student, Tensor teachers, Tensor stats, double gamma,
-                                           bool need_student, bool need_teachers) {
-  EmbArgs a = args_of(student, teachers, gamma);
+std::tuple<Tensor, Tensor> emb_kd_backward(Tensor grad, Tensor student, Tensor teachers, Tensor weights, Tensor stats,
+                                           double gamma, bool need_student, bool need_teachers) {
+  EmbArgs a = args_of(student, teachers, weights, gamma);
   const Device device(student);
   const ScalarType acc = accumulate_type(student.scalar_type());
   check_dim(stats, "stats", 2);

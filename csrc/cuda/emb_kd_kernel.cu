@@ -37,6 +37,7 @@ __global__ void __launch_bounds__(kBlock) emb_forward_kernel(EmbArgs a, EmbForwa
   using A = Acc<T>;
   const Group g(lanes);
   const int64_t row = 1 + 2 * a.modalities;
+  const A* weights = static_cast<const A*>(a.weights);
   A sums[1] = {};
   for (int64_t first = (static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp) * g.count; first < a.n;
        first += static_cast<int64_t>(gridDim.x) * kWarps * g.count) {
@@ -66,7 +67,7 @@ __global__ void __launch_bounds__(kBlock) emb_forward_kernel(EmbArgs a, EmbForwa
       stats[1 + 2 * m] = ef;
       stats[2 + 2 * m] = ff;
       const A rest = 1 - Cosine<A>(ee, ef, ff).value;
-      sums[0] += rest < 0 ? A(0) : raised(rest, static_cast<A>(a.gamma));
+      sums[0] += rest < 0 ? A(0) : weights[m] * raised(rest, static_cast<A>(a.gamma));
     }
   }
   sum_over_grid(sums, static_cast<A*>(f.partial), f.ticket,
@@ -77,6 +78,7 @@ template <class T, int V>
 __global__ void __launch_bounds__(kBlock) emb_backward_kernel(EmbArgs a, EmbBackward o, int lanes) {
   using A = Acc<T>;
   const A gamma = static_cast<A>(a.gamma), scale = *static_cast<const A*>(o.grad) * gamma / static_cast<A>(a.n);
+  const A* weights = static_cast<const A*>(a.weights);
   const int lane = threadIdx.x % lanes;
   for (int64_t i = (static_cast<int64_t>(blockIdx.x) * kBlock + threadIdx.x) / lanes; i < a.n;
        i += static_cast<int64_t>(gridDim.x) * (kBlock / lanes)) {
@@ -90,7 +92,7 @@ __global__ void __launch_bounds__(kBlock) emb_backward_kernel(EmbArgs a, EmbBack
         const A ff = stats[2 + 2 * m];
         const Cosine<A> cos(stats[0], stats[1 + 2 * m], ff);
         const A rest = 1 - cos.value;
-        const A slope = cos.live && !(rest < 0) ? -scale * raised(rest, gamma - 1) : A(0);  // d loss / d cos
+        const A slope = cos.live && !(rest < 0) ? -scale * weights[m] * raised(rest, gamma - 1) : A(0);  // d loss / d cos
         const A across = slope / cos.norms;
         axpy(student, across, f);
         axpy(student, cos.live ? -slope * cos.value / stats[0] : A(0), e);

@@ -12,6 +12,7 @@ struct EmbArgs {
   bool wide;             // rows may be moved 16 bytes at a time
   const void* student;   // [n, d]
   const void* teachers;  // [modalities, n, d]
+  const void* weights;   // [modalities] A
   void* stats;           // [n, 1 + 2 modalities] A: <e, e>, then <e, f>, <f, f> of each; written forward, read backward
   int64_t n, d, modalities;
   double gamma;

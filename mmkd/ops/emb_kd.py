@@ -8,16 +8,26 @@ import torch
 from torch import Tensor
 
 from mmkd import backends, reference
-from mmkd.ops._checks import accumulate_type, check_floating, check_rank, check_same_device, check_shape, dense
+from mmkd.ops._checks import (
+    accumulate_type,
+    check_floating,
+    check_no_grad,
+    check_rank,
+    check_same_device,
+    check_shape,
+    dense,
+    vector,
+)
 from mmkd.ops._registry import call, differentiable, on_register, refuse_second_derivative
 
 
 def emb_kd_loss(
-    student: Tensor, teachers: Tensor | Sequence[Tensor], *, gamma: float = 2.0, impl: str = "auto"
-) -> Tensor:
+    student: Tensor, teachers: Tensor | Sequence[Tensor], *, gamma: float = 2.0,
+    modality_weights: Tensor | None = None, impl: str = "auto",
+) -> Tensor:  # fmt: skip
     """Scaled cosine error between the student's rows and each modality's (paper, Eq. 11).
 
-        sum_m mean_i (1 - cos(e_i, f_i^m))^gamma
+        sum_m v_m mean_i (1 - cos(e_i, f_i^m))^gamma
 
     A zero row has cosine 0 and gradient 0.
 
@@ -26,6 +36,8 @@ def emb_kd_loss(
         teachers: `[M, n, d]`, or M tensors `[n, d]` (these are stacked, one copy), the same dtype; get gradients if they
             ask for them.
         gamma: `>= 1`.
+        modality_weights: `[M]`, `v_m`; 1 each if not given, as in the paper (a sum over modalities; `list_kd_loss` takes the
+            mean).
         impl: `auto`, `reference`, `cpp`, `cuda` or `triton`.
 
     Returns:
@@ -47,17 +59,22 @@ def emb_kd_loss(
     check_floating(teachers, "teachers", student.dtype)
     check_shape(teachers, "teachers", (teachers.shape[0], *student.shape))
     check_same_device(("student", student), ("teachers", teachers))
+    acc = accumulate_type(student.dtype)
+    check_no_grad(modality_weights, "modality_weights")
+    v = vector(modality_weights, "modality_weights", teachers.shape[0], acc)
+    v = student.new_ones(teachers.shape[0], dtype=acc) if v is None else v
+    check_same_device(("student", student), ("modality_weights", v))
     which = backends.resolve("emb_kd", student, impl)
     if which == "reference":
         if student.shape[0] == 0:
-            return student.to(accumulate_type(student.dtype)).sum()
-        return reference.emb_kd(student, teachers, gamma)
-    return call(which, "emb_kd", dense(student), dense(teachers), float(gamma))[0]
+            return student.to(acc).sum()
+        return reference.emb_kd(student, teachers, gamma, v)
+    return call(which, "emb_kd", dense(student), dense(teachers), v, float(gamma))[0]
 
 
 def _setup(ctx, inputs, output) -> None:
-    student, teachers, ctx.gamma = inputs
-    ctx.save_for_backward(student, teachers, output[1])
+    *tensors, ctx.gamma = inputs
+    ctx.save_for_backward(*tensors, output[1])
 
 
 def _backward(ops):
@@ -66,19 +83,19 @@ def _backward(ops):
         grad_student, grad_teachers = ops.emb_kd_backward(
             grad, *ctx.saved_tensors, ctx.gamma, need_student, need_teachers
         )
-        return grad_student if need_student else None, grad_teachers if need_teachers else None, None
+        return grad_student if need_student else None, grad_teachers if need_teachers else None, None, None
 
     return backward
 
 
 @on_register
 def _register(ns: str, ops) -> None:
-    def fake(student, teachers, gamma):
+    def fake(student, teachers, modality_weights, gamma):
         acc = accumulate_type(student.dtype)
         stats = student.new_empty(student.shape[0], 1 + 2 * teachers.shape[0], dtype=acc)
         return student.new_empty((), dtype=acc), stats
 
-    def fake_backward(grad, student, teachers, stats, gamma, need_student, need_teachers):
+    def fake_backward(grad, student, teachers, modality_weights, stats, gamma, need_student, need_teachers):
         return (
             student.new_empty(student.shape if need_student else (0,)),
             teachers.new_empty(teachers.shape if need_teachers else (0,)),

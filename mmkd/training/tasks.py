@@ -230,7 +230,8 @@ class StudentTask:
         else:  # every node of the kind, in order
             every = self.distill.emb_nodes == "all"
             student = table if every else table[batch.num_users :]
-        return ops.emb_kd_loss(student, targets.to(table.dtype), gamma=self.distill.emb_gamma)
+        weights = self.modality_weights * len(self.modality_weights)  # a sum over modalities, ListKD a mean
+        return ops.emb_kd_loss(student, targets.to(table.dtype), gamma=self.distill.emb_gamma, modality_weights=weights)
 
     def tables(self) -> tuple[Tensor, Tensor]:
         return self.student.tables()

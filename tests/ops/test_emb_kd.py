@@ -10,8 +10,10 @@ from tests.ops.grid import DIMS, DTYPES
 from tests.ops.losses import bit_equal_for_threads, compare, each_alone
 
 
-def kd(gamma=2.0):
-    return lambda student, teachers, impl: ops.emb_kd_loss(student, teachers, gamma=gamma, impl=impl)
+def kd(gamma=2.0, weights=None):
+    return lambda student, teachers, impl: ops.emb_kd_loss(
+        student, teachers, gamma=gamma, modality_weights=weights, impl=impl
+    )
 
 
 def rows(dtype, d, n=9, m=2):
@@ -24,6 +26,24 @@ def rows(dtype, d, n=9, m=2):
 @pytest.mark.parametrize("gamma", [1.0, 2.0, 2.5])
 def test_grid(d, dtype, gamma, cpu_isa, poison_empty):
     compare(kd(gamma), rows(dtype, d), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gamma", [1.0, 2.5])
+def test_weights_of_the_modalities(dtype, gamma, cpu_isa, poison_empty):
+    compare(kd(gamma, torch.tensor([0.25, 0.0, 3.0])), rows(dtype, 24, m=3), dtype)
+
+
+def test_a_weighted_sum_is_the_sum_of_the_weighted_modalities():
+    student, teachers = (t.double().requires_grad_() for t in rows(torch.float32, 16, m=3))
+    weights = torch.tensor([0.5, 0.0, 2.0])  # exact in float32 and float64
+    whole = ops.emb_kd_loss(student, teachers, modality_weights=weights)
+    apart = sum(w.double() * ops.emb_kd_loss(student, t) for w, t in zip(weights, teachers, strict=True))
+    torch.testing.assert_close(whole, apart)
+    ours = torch.autograd.grad(whole, (student, teachers))
+    torch.testing.assert_close(ours, torch.autograd.grad(apart, (student, teachers)))
+    assert ours[1][1].eq(0).all()  # weight 0: no gradient
+    assert torch.equal(ops.emb_kd_loss(student, teachers), kd(weights=torch.ones(3))(student, teachers, "auto"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -67,7 +87,8 @@ def test_a_sequence_is_its_stack_and_one_matrix_is_one_modality():
 def test_gradcheck():
     leaves = [t.double().requires_grad_() for t in rows(torch.float32, 5, n=4)]
     for gamma in (1.0, 2.0, 2.5):
-        assert torch.autograd.gradcheck(lambda s, t, g=gamma: ops.emb_kd_loss(s, t, gamma=g), leaves)
+        loss = kd(gamma, torch.tensor([0.5, 2.0]))
+        assert torch.autograd.gradcheck(lambda s, t, loss=loss: loss(s, t, "cpp"), leaves)
 
 
 def test_each_gradient_alone_and_threads():
@@ -95,7 +116,7 @@ def test_views():
 
 def test_opcheck_compile_and_autocast():
     student, teachers = (t.requires_grad_() for t in rows(torch.float32, 8))
-    torch.library.opcheck(torch.ops.mmkd.emb_kd.default, (student, teachers, 2.0))
+    torch.library.opcheck(torch.ops.mmkd.emb_kd.default, (student, teachers, torch.tensor([0.5, 2.0]), 2.0))
     compiled = torch.compile(lambda s, t: ops.emb_kd_loss(s, t), fullgraph=True, backend="aot_eager")(student, teachers)
     plain = ops.emb_kd_loss(student, teachers)
     torch.testing.assert_close(
@@ -122,6 +143,17 @@ def test_errors_name_the_argument():
             ValueError,
             r"teachers\[1\]: expected shape",
             lambda: ops.emb_kd_loss(student, [teachers[0], teachers[1, :2]]),
+        ),
+        (
+            ValueError,
+            r"modality_weights: expected shape \(2,\)",
+            lambda: kd(weights=torch.ones(3))(student, teachers, "cpp"),
+        ),
+        (TypeError, "modality_weights: expected", lambda: kd(weights=torch.ones(2).int())(student, teachers, "cpp")),
+        (
+            ValueError,
+            "modality_weights: is a constant",
+            lambda: kd(weights=torch.ones(2).requires_grad_())(student, teachers, "cpp"),
         ),
         (TypeError, "teachers: expected", lambda: ops.emb_kd_loss(student, teachers.double())),
         (TypeError, "student: expected", lambda: ops.emb_kd_loss(student.int(), teachers)),

@@ -161,8 +161,9 @@ def case_emb_kd(dtype, d, gamma, schedules):
     teachers[0, 7] = student[7]
     if gamma == 1.0:  # cos = +-1 to rounding: the slope's sign at the clamp is rounding's too
         student, teachers = student.abs() + 1, -teachers.abs() - 1
+    weights = torch.tensor([0.5, 3.0]) if gamma == 2.0 else None
     compare(
-        lambda impl, s, t: ops.emb_kd_loss(s, t, gamma=gamma, impl=impl),
+        lambda impl, s, t: ops.emb_kd_loss(s, t, gamma=gamma, modality_weights=weights, impl=impl),
         [student.requires_grad_(), teachers.requires_grad_()], dtype, schedules, True,
     )  # fmt: skip
 

@@ -73,7 +73,8 @@ def case_list_scores_grid(d, dtype, deterministic, poison_empty):
 def case_emb_grid(d, dtype, gamma, poison_empty):
     torch.manual_seed(d)
     leaves = [torch.randn(9, d).to(dtype), torch.randn(2, 9, d).to(dtype)]
-    compare(lambda s, t, impl: ops.emb_kd_loss(s, t, gamma=gamma, impl=impl), leaves)
+    weights = torch.tensor([0.5, 3.0]) if gamma == 2.0 else None
+    compare(lambda s, t, impl: ops.emb_kd_loss(s, t, gamma=gamma, modality_weights=weights, impl=impl), leaves)
 
 
 def case_long_lists_take_two_launches(deterministic):
