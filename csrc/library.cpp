@@ -66,7 +66,8 @@ STABLE_TORCH_LIBRARY(mmkd, m) {
   m.def(
       "list_kd_scores_backward(Tensor grad, Tensor student_logits, Tensor teacher_logits, Tensor modality_weights, "
       "float alpha, float beta, float tau, bool coupled, bool need_student, bool need_teacher) -> (Tensor, Tensor)");
-  m.def("emb_kd(Tensor student, Tensor teachers, Tensor modality_weights, float gamma) -> (Tensor loss, Tensor stats)");
+  m.def("emb_kd(Tensor student, Tensor teachers, Tensor modality_weights, float gamma, bool with_grad) -> (Tensor loss, "
+      "Tensor stats, Tensor grad_student)");
   m.def(
       "emb_kd_backward(Tensor grad, Tensor student, Tensor teachers, Tensor modality_weights, Tensor stats, float gamma, "
       "bool need_student, bool need_teachers) -> (Tensor, Tensor)");

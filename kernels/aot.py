@@ -197,7 +197,7 @@ def _calls(dtype: torch.dtype, sizes: Sizes) -> Iterator[tuple[str, Callable[[],
     yield "list_kd", lambda: list_kd.list_kd_scores(logits, teachers, *kd)
     yield "list_kd", lambda: list_kd.list_kd_scores_backward(one, logits, teachers, *kd, True, True)
     stack, stats = table(modalities, items, d), table(items, 1 + 2 * modalities, of=acc)
-    yield "emb_kd", lambda: emb_kd.emb_kd(ie, stack, weights, 2.0)
+    yield "emb_kd", lambda: emb_kd.emb_kd(ie, stack, weights, 2.0, False)
     yield "emb_kd", lambda: emb_kd.emb_kd_backward(one, ie, stack, weights, stats, 2.0, True, True)
     seen = (index(users + 1), index(nnz, of=torch.int32))
     yield "topk", lambda: topk.topk(ue, ie, 50, index(2048), *seen)

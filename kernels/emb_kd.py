@@ -113,8 +113,13 @@ def _kind(exponent: float) -> int:
     return int(exponent) if exponent in (0.0, 1.0, 2.0) else -1
 
 
-def emb_kd(student: Tensor, teachers: Tensor, modality_weights: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    """`sum_m v_m mean_i (1 - cos)^gamma`, and per row `|e|^2, then (e.f, |f|^2)` of each modality for the backward."""
+def emb_kd(
+    student: Tensor, teachers: Tensor, modality_weights: Tensor, gamma: float, with_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`sum_m v_m mean_i (1 - cos)^gamma`, and per row `|e|^2, then (e.f, |f|^2)` of each modality for the backward.
+
+    The gradient is left to the way back, whether asked for along or not: the third is empty.
+    """
     n, d = student.shape
     stats = student.new_empty(n, 1 + 2 * teachers.shape[0], dtype=launch.accumulate_type(student.dtype))
     loss = stats.new_empty(n)
@@ -124,7 +129,7 @@ def emb_kd(student: Tensor, teachers: Tensor, modality_weights: Tensor, gamma: f
             student, teachers, modality_weights, stats, loss, n, d, teachers.shape[0], gamma,
             KIND=_kind(gamma), DOUBLE=stats.dtype == torch.float64, BLOCK_D=launch.column_block(student),
         )  # fmt: skip
-    return loss.sum() / max(1, n), stats
+    return loss.sum() / max(1, n), stats, student.new_empty(0)
 
 
 def emb_kd_backward(

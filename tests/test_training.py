@@ -236,7 +236,9 @@ def test_a_profile_names_the_ops_and_changes_no_number(finished, dataset, tmp_pa
     assert run.rows == finished.rows
     for stage, op in (("student", "mmkd::list_kd"), ("teacher", "mmkd::spmm"), ("lightgcn", "mmkd::propagate")):
         text = (run.path / f"profile-{stage}.md").read_text()
-        assert op in text and "aten::" in text
+        assert op in text and (
+            "aten::" in text or " others |" in text
+        )  # torch's may all be small beside one that waits
         rows = [line.split("|") for line in text.splitlines() if line.startswith("|")][2:]
         assert abs(sum(float(row[3].strip(" %")) for row in rows) - 100) < 2
         assert len({row[1] for row in rows}) == len(rows)

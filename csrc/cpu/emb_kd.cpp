@@ -1,4 +1,4 @@
-// emb_kd on the CPU: one streaming pass forward, one backward.
+// emb_kd on the CPU: one streaming pass, which writes the student's gradient along; one more for teachers that learn.
 #include "cpu/emb_kd_kernel.h"
 #include "cpu/losses.h"
 
@@ -34,17 +34,26 @@ EmbKDArgs args_of(const Tensor& student, const Tensor& teachers, const Tensor& w
   return a;
 }
 
-std::tuple<Tensor, Tensor> emb_kd(Tensor student, Tensor teachers, Tensor weights, double gamma) {
+bool large(const EmbKDArgs& a, const Tensor& like, const void* out) {
+  return !out || past_caches(out, a.n, a.d * static_cast<int64_t>(like.element_size()), 8);
+}
+
+std::tuple<Tensor, Tensor, Tensor> emb_kd(Tensor student, Tensor teachers, Tensor weights, double gamma,
+                                          bool with_grad) {
   EmbKDArgs a = args_of(student, teachers, weights, gamma);
   const ScalarType acc = accumulate_type(student.scalar_type());
   Tensor stats = empty({a.n, 1 + 2 * a.num_teachers}, student, acc);
+  Tensor grad_student = with_grad ? empty({a.n, a.d}, student) : empty({0}, student);
   a.stats = stats.mutable_data_ptr();
+  a.grad_student = with_grad ? grad_student.mutable_data_ptr() : nullptr;
+  a.stream = large(a, student, a.grad_student);
+  a.scale = a.n ? 1 / static_cast<double>(a.n) : 0;
   const int64_t blocks = num_blocks(a.n);
   const std::unique_ptr<double[]> sums(new double[blocks]);
   for_chunks(blocks, [&](int64_t c) {
     sums[c] = MMKD_ON_ISA(emb_kd_losses(a, c * kSamples, std::min(a.n, (c + 1) * kSamples)));
   });
-  return {mean_of(sums.get(), blocks, a.n, stats, acc == ScalarType::Double), stats};
+  return {mean_of(sums.get(), blocks, a.n, stats, acc == ScalarType::Double), stats, grad_student};
 }
 
 std::tuple<Tensor, Tensor> emb_kd_backward(Tensor grad, Tensor student, Tensor teachers, Tensor weights, Tensor stats,
@@ -60,10 +69,7 @@ std::tuple<Tensor, Tensor> emb_kd_backward(Tensor grad, Tensor student, Tensor t
   a.grad_student = need_student ? grad_student.mutable_data_ptr() : nullptr;
   a.grad_teachers = need_teachers ? grad_teachers.mutable_data_ptr() : nullptr;
   a.scale = a.n ? scalar_of(grad, "grad", stats.scalar_type()) / static_cast<double>(a.n) : 0;
-  const auto large = [&](const void* out) {
-    return !out || past_caches(out, a.n, a.d * static_cast<int64_t>(student.element_size()), 8);
-  };
-  a.stream = large(a.grad_student) && large(a.grad_teachers);
+  a.stream = large(a, student, a.grad_student) && large(a, student, a.grad_teachers);
   for_chunks(num_blocks(a.n),
              [&](int64_t c) { MMKD_ON_ISA(emb_kd_grads(a, c * kSamples, std::min(a.n, (c + 1) * kSamples))); });
   return {grad_student, grad_teachers};

@@ -19,9 +19,11 @@ MMKD_INLINE A raised(A v, A gamma) {
   return v > 0 ? power(v, gamma) : A(0);
 }
 
+constexpr int64_t kTeachers = 16;  // the most there may be
+
 // <e, f> and <f, f> in one pass.
 template <class T>
-MMKD_INLINE void dots(const T* e, const T* f, int64_t d, Acc<T>& ef, Acc<T>& ff) {
+MMKD_INLINE void products(const T* e, const T* f, int64_t d, Acc<T>& ef, Acc<T>& ff) {
   using W = Vec<T>;
   typename W::V ef0{}, ef1{}, ff0{}, ff1{};
   int64_t c = 0;
@@ -41,63 +43,30 @@ MMKD_INLINE void dots(const T* e, const T* f, int64_t d, Acc<T>& ef, Acc<T>& ff)
   }
 }
 
+// A vector of rows. A row of length 0 has cosine 0 and no gradient; a NaN row stays NaN.
 template <class A>
-struct Cosine {
-  bool live;
-  A value, norms;  // norms = |e| |f|
-};
-template <class A>
-MMKD_INLINE Cosine<A> cosine(A ee, A ef, A ff) {
-  const bool live = ee > 0 && ff > 0;
-  const A norms = live ? Num<A>::sqrt(ee) * Num<A>::sqrt(ff) : A(1);
-  return {live, live ? ef / norms : A(0), norms};
-}
-
-// (1 - cos)^gamma for a vector of rows; a row of length 0 has cosine 0, a NaN row stays NaN.
-template <class A>
-MMKD_INLINE typename Vec<A>::V scaled_error(typename Vec<A>::V ee, typename Vec<A>::V ef, typename Vec<A>::V ff,
-                                            A gamma) {
+struct Cosines {
   using V = typename Vec<A>::V;
-  const V zero{}, one = zero + A(1);
-  const auto dead = (ee <= zero) | (ff <= zero);
-  const V norms = Num<V>::sqrt(ee) * Num<V>::sqrt(ff);
-  const V rest = one - (dead ? zero : ef / (dead ? one : norms));
-  const V bounded = rest < zero ? zero : rest;
-  if (gamma == A(2)) return bounded * bounded;
-  V out;
-  for (int i = 0; i < Vec<A>::size; ++i) out[i] = raised(bounded[i], gamma);
-  return out;
-}
-
-template <class T>
-double losses_typed(const EmbKDArgs& a, int64_t begin, int64_t end) {
-  using A = Acc<T>;
-  using V = typename Vec<A>::V;
-  constexpr int64_t lanes = Vec<A>::size;
-  const int64_t m_count = a.num_teachers, d = a.d, wide = 1 + 2 * m_count;
-  const A* weights = static_cast<const A*>(a.weights);
-  double total = 0;
-  for (int64_t i0 = begin; i0 < end; i0 += lanes) {
-    const int64_t count = end - i0 < lanes ? end - i0 : lanes;
-    const T* e = static_cast<const T*>(a.student) + i0 * d;
-    A* stats = static_cast<A*>(a.stats) + i0 * wide;
-    A own[lanes] = {};
-    for (int64_t i = 0; i < count; ++i) own[i] = stats[i * wide] = dot(e + i * d, e + i * d, d);
-    const V ee = Vec<A>::load(own);
-    V loss{};
-    for (int64_t m = 0; m < m_count; ++m) {
-      const T* f = static_cast<const T*>(a.teachers) + (m * a.n + i0) * d;
-      A ef[lanes] = {}, ff[lanes] = {};
-      for (int64_t i = 0; i < count; ++i) {
-        dots(e + i * d, f + i * d, d, ef[i], ff[i]);
-        stats[i * wide + 1 + 2 * m] = ef[i];
-        stats[i * wide + 2 + 2 * m] = ff[i];
-      }
-      loss += weights[m] * scaled_error<A>(ee, Vec<A>::load(ef), Vec<A>::load(ff), static_cast<A>(a.gamma));
-    }
-    for (int64_t i = 0; i < count; ++i) total += static_cast<double>(loss[i]);
+  V norms, value, error;           // |e| |f| (1 where that is 0), cos, max(1 - cos, 0)
+  decltype(V{} < V{}) dead, past;  // no cosine; 1 - cos < 0
+  MMKD_INLINE Cosines(V ee, V ef, V ff) {
+    const V zero{}, one = zero + A(1);
+    dead = (ee <= zero) | (ff <= zero);
+    norms = dead ? one : Num<V>::sqrt(ee) * Num<V>::sqrt(ff);
+    value = dead ? zero : ef / norms;
+    const V rest = one - value;
+    past = rest < zero;
+    error = past ? zero : rest;
   }
-  return total;
+};
+
+template <class A>
+MMKD_INLINE typename Vec<A>::V all_raised(typename Vec<A>::V v, A gamma) {
+  if (gamma == A(2)) return v * v;
+  if (gamma == A(1)) return v;
+  typename Vec<A>::V out;
+  for (int i = 0; i < Vec<A>::size; ++i) out[i] = raised(v[i], gamma);
+  return out;
 }
 
 template <class T>
@@ -114,54 +83,140 @@ MMKD_INLINE void blend(T* out, Acc<T> p, const T* x, Acc<T> q, const T* y, int64
   for (; c < d; ++c) Element<T>::store(out + c, p * Element<T>::load(x + c) + q * Element<T>::load(y + c));
 }
 
-// out = b * e + sum_m a[m] * f^m, each vector of columns written once.
+// out = b * e + sum_m a[m * every] * f^m, each vector of columns written once.
 template <class T>
-MMKD_INLINE void student_row(T* out, Acc<T> b, const T* e, const Acc<T>* weight, const T* f, int64_t step,
-                             int64_t count, int64_t d, bool stream) {
+MMKD_INLINE void student_row(T* out, Acc<T> b, const T* e, const Acc<T>* weight, int64_t every, const T* f,
+                             int64_t step, int64_t count, int64_t d, bool stream) {
   using W = Vec<T>;
   int64_t c = 0;
   for (; c + W::size <= d; c += W::size) {
     typename W::V s = b * W::load(e + c);
-    for (int64_t m = 0; m < count; ++m) s += weight[m] * W::load(f + m * step + c);
+    for (int64_t m = 0; m < count; ++m) s += weight[m * every] * W::load(f + m * step + c);
     put(out + c, s, stream);
   }
   for (; c < d; ++c) {
     Acc<T> s = b * Element<T>::load(e + c);
-    for (int64_t m = 0; m < count; ++m) s += weight[m] * Element<T>::load(f + m * step + c);
+    for (int64_t m = 0; m < count; ++m) s += weight[m * every] * Element<T>::load(f + m * step + c);
     Element<T>::store(out + c, s);
   }
 }
 
-constexpr int64_t kTeachers = 16;  // teachers whose coefficients are held at a time
+// What is known of a vector of rows once they were read: <e, e>, then <e, f> and <f, f> of each teacher.
+template <class A>
+struct Stats {
+  static constexpr int64_t lanes = Vec<A>::size;
+  A ee[lanes], ef[kTeachers * lanes], ff[kTeachers * lanes];
+
+  MMKD_INLINE explicit Stats(int64_t m_count) {  // rows that are not there are zero
+    const typename Vec<A>::V zero{};
+    Vec<A>::store(ee, zero);
+    for (int64_t m = 0; m < m_count; ++m) {
+      Vec<A>::store(ef + m * lanes, zero);
+      Vec<A>::store(ff + m * lanes, zero);
+    }
+  }
+  MMKD_INLINE Cosines<A> cosines(int64_t m) const {
+    return {Vec<A>::load(ee), Vec<A>::load(ef + m * lanes), Vec<A>::load(ff + m * lanes)};
+  }
+  // The same, row after row.
+  MMKD_INLINE void save(A* rows, int64_t count, int64_t m_count) const {
+    for (int64_t i = 0; i < count; ++i) {
+      *rows++ = ee[i];
+      for (int64_t m = 0; m < m_count; ++m) {
+        *rows++ = ef[m * lanes + i];
+        *rows++ = ff[m * lanes + i];
+      }
+    }
+  }
+  MMKD_INLINE void restore(const A* rows, int64_t count, int64_t m_count) {
+    for (int64_t i = 0; i < count; ++i) {
+      ee[i] = *rows++;
+      for (int64_t m = 0; m < m_count; ++m) {
+        ef[m * lanes + i] = *rows++;
+        ff[m * lanes + i] = *rows++;
+      }
+    }
+  }
+};
+
+// Gradients of rows [first, first + count).
+template <class T>
+MMKD_INLINE void grad_rows(const EmbKDArgs& a, int64_t first, int64_t count, const Stats<Acc<T>>& stats) {
+  using A = Acc<T>;
+  using V = typename Vec<A>::V;
+  constexpr int64_t lanes = Vec<A>::size;
+  const int64_t m_count = a.num_teachers, d = a.d, step = a.n * d;
+  const A gamma = static_cast<A>(a.gamma), scale = static_cast<A>(a.scale) * gamma;
+  const A* weights = static_cast<const A*>(a.weights);
+  const T* e = static_cast<const T*>(a.student) + first * d;
+  const T* f = static_cast<const T*>(a.teachers) + first * d;
+  A across[kTeachers * lanes], along_e[lanes], along_f[lanes];
+  const V zero{};
+  V shrink{};
+  for (int64_t m = 0; m < m_count; ++m) {
+    const Cosines<A> cos = stats.cosines(m);
+    const V slope =
+        cos.dead | cos.past ? zero : -scale * weights[m] * all_raised<A>(cos.error, gamma - 1);  // d loss / d cos
+    Vec<A>::store(across + m * lanes, slope / cos.norms);
+    shrink -= cos.dead ? zero : slope * cos.value / Vec<A>::load(stats.ee);
+    if (!a.grad_teachers) continue;
+    Vec<A>::store(along_f, cos.dead ? zero : -slope * cos.value / Vec<A>::load(stats.ff + m * lanes));
+    T* out = static_cast<T*>(a.grad_teachers) + m * step + first * d;
+    for (int64_t i = 0; i < count; ++i) {
+      blend(out + i * d, across[m * lanes + i], e + i * d, along_f[i], f + m * step + i * d, d, a.stream);
+    }
+  }
+  if (!a.grad_student) return;
+  Vec<A>::store(along_e, shrink);
+  T* out = static_cast<T*>(a.grad_student) + first * d;
+  for (int64_t i = 0; i < count; ++i) {
+    student_row(out + i * d, along_e[i], e + i * d, across + i, lanes, f + i * d, step, m_count, d, a.stream);
+  }
+}
 
 template <class T>
 void grads_typed(const EmbKDArgs& a, int64_t begin, int64_t end) {
   using A = Acc<T>;
-  const int64_t m_count = a.num_teachers, d = a.d, step = a.n * d;
-  const A gamma = static_cast<A>(a.gamma), scale = static_cast<A>(a.scale) * gamma;
-  const A* weights = static_cast<const A*>(a.weights);
-  for (int64_t i = begin; i < end; ++i) {
-    const T* e = static_cast<const T*>(a.student) + i * d;
-    const T* f = static_cast<const T*>(a.teachers) + i * d;
-    const A* stats = static_cast<const A*>(a.stats) + i * (1 + 2 * m_count);
-    A across_e[kTeachers], along_e = 0;
-    for (int64_t m = 0; m < m_count; ++m) {
-      const Cosine<A> cos = cosine(stats[0], stats[1 + 2 * m], stats[2 + 2 * m]);
-      const A rest = 1 - cos.value;
-      const A slope = cos.live && !(rest < 0) ? -scale * weights[m] * raised(rest, gamma - 1) : A(0);  // d loss / d cos
-      const A across = slope / cos.norms;
-      along_e -= cos.live ? slope * cos.value / stats[0] : A(0);
-      if (a.grad_teachers) {
-        const A along_f = cos.live ? -slope * cos.value / stats[2 + 2 * m] : A(0);
-        blend(static_cast<T*>(a.grad_teachers) + i * d + m * step, across, e, along_f, f + m * step, d, a.stream);
-      }
-      across_e[m] = across;
-    }
-    if (a.grad_student) {
-      student_row(static_cast<T*>(a.grad_student) + i * d, along_e, e, across_e, f, step, m_count, d, a.stream);
-    }
+  constexpr int64_t lanes = Vec<A>::size;
+  const int64_t wide = 1 + 2 * a.num_teachers;
+  for (int64_t first = begin; first < end; first += lanes) {
+    const int64_t count = end - first < lanes ? end - first : lanes;
+    Stats<A> stats(a.num_teachers);
+    stats.restore(static_cast<const A*>(a.stats) + first * wide, count, a.num_teachers);
+    grad_rows<T>(a, first, count, stats);
   }
   if (a.stream) finish_streams();
+}
+
+template <class T>
+double losses_typed(const EmbKDArgs& a, int64_t begin, int64_t end) {
+  using A = Acc<T>;
+  using V = typename Vec<A>::V;
+  constexpr int64_t lanes = Vec<A>::size;
+  const int64_t m_count = a.num_teachers, d = a.d, wide = 1 + 2 * m_count;
+  const A* weights = static_cast<const A*>(a.weights);
+  double total = 0;
+  for (int64_t first = begin; first < end; first += lanes) {
+    const int64_t count = end - first < lanes ? end - first : lanes;
+    const T* e = static_cast<const T*>(a.student) + first * d;
+    Stats<A> stats(m_count);
+    for (int64_t i = 0; i < count; ++i) stats.ee[i] = dot(e + i * d, e + i * d, d);
+    V loss{};
+    for (int64_t m = 0; m < m_count; ++m) {
+      const T* f = static_cast<const T*>(a.teachers) + (m * a.n + first) * d;
+      for (int64_t i = 0; i < count; ++i) {
+        products(e + i * d, f + i * d, d, stats.ef[m * lanes + i], stats.ff[m * lanes + i]);
+      }
+      loss += weights[m] * all_raised<A>(stats.cosines(m).error, static_cast<A>(a.gamma));
+    }
+    A losses[lanes];
+    Vec<A>::store(losses, loss);
+    for (int64_t i = 0; i < count; ++i) total += static_cast<double>(losses[i]);
+    stats.save(static_cast<A*>(a.stats) + first * wide, count, m_count);
+    if (a.grad_student) grad_rows<T>(a, first, count, stats);  // while the rows are in the first cache
+  }
+  if (a.grad_student && a.stream) finish_streams();
+  return total;
 }
 
 }  // namespace

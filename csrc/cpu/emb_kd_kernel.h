@@ -18,9 +18,9 @@ struct EmbKDArgs {
   int64_t n, d, num_teachers;
   bool stream;  // gradients are written past the caches
   double gamma;
-  double scale;  // backward: incoming gradient / n
+  double scale;  // of the gradients: incoming gradient / n
 };
-// The sum of the losses of rows [begin, end); their stats are written.
+// The sum of the losses of rows [begin, end); their stats are written, and grad_student, if not null, at `scale`.
 MMKD_KERNEL(double emb_kd_losses(const EmbKDArgs& a, int64_t begin, int64_t end))
 MMKD_KERNEL(void emb_kd_grads(const EmbKDArgs& a, int64_t begin, int64_t end))
 

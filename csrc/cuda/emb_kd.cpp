@@ -28,7 +28,8 @@ EmbArgs args_of(const Tensor& student, const Tensor& teachers, const Tensor& wei
   return a;
 }
 
-std::tuple<Tensor, Tensor> emb_kd(Tensor student, Tensor teachers, Tensor weights, double gamma) {
+// The gradient is left to the way back: `grad_student` is empty.
+std::tuple<Tensor, Tensor, Tensor> emb_kd(Tensor student, Tensor teachers, Tensor weights, double gamma, bool) {
   EmbArgs a = args_of(student, teachers, weights, gamma);
   const Device device(student);
   const ScalarType acc = accumulate_type(student.scalar_type());
@@ -39,7 +40,7 @@ std::tuple<Tensor, Tensor> emb_kd(Tensor student, Tensor teachers, Tensor weight
   const EmbForward f{partial.mutable_data_ptr(), static_cast<unsigned*>(ticket.mutable_data_ptr()),
                      loss.mutable_data_ptr()};
   emb_forward(a, f, device.stream());
-  return {loss, stats};
+  return {loss, stats, nothing(student)};
 }
 
 std::tuple<Tensor, Tensor> emb_kd_backward(Tensor grad, Tensor student, Tensor teachers, Tensor weights, Tensor stats,

@@ -52,28 +52,41 @@ class _Kernels:
 _eager: dict[str, type[torch.autograd.Function]] = {}
 
 
-def differentiable(ns: str, name: str, make_backward: Callable, setup: Callable) -> None:
+def differentiable(ns: str, name: str, make_backward: Callable, setup: Callable, losses: int | None = None) -> None:
     """Registers the gradient of `ns::name`: `make_backward(ops)` gives `backward(ctx, *grads)`, `setup(ctx, inputs, output)`
-    saves what it needs.
+    saves what it needs. If only the first `losses` outputs, scalars, are for the user, eager calls make no gradient of
+    zeros for the others.
 
-    torch.compile and transforms go through torch.library. Eager calls of the compiled library go through an
-    autograd.Function of the same two functions: torch.library's own costs about 60 us a step more on small batches.
+    torch.compile goes through torch.library. Eager calls of the compiled library go through an autograd.Function of the
+    same two functions: torch.library's own costs about 60 us a step more on small batches.
     """
     torch.library.register_autograd(f"{ns}::{name}", make_backward(getattr(torch.ops, ns)), setup_context=setup)
     if ns == "mmkd":
-        _eager[name] = _function(ns, name, make_backward, setup)
+        _eager[name] = _function(ns, name, make_backward, setup, losses)
 
 
-def _function(ns: str, name: str, make_backward: Callable, setup: Callable) -> type[torch.autograd.Function]:
-    op = getattr(getattr(torch.ops, ns), name).default
+def _function(
+    ns: str, name: str, make_backward: Callable, setup: Callable, losses: int | None
+) -> type[torch.autograd.Function]:
+    op, eager_backward = getattr(getattr(torch.ops, ns), name).default, make_backward(_Kernels(ns))
 
     def forward(ctx, *inputs):
         with torch._C._AutoDispatchBelowAutograd():
             output = op(*inputs)
         setup(ctx, inputs, output)
+        if losses is not None:
+            ctx.set_materialize_grads(False)
+            ctx.loss_like = output[0].dtype, output[0].device
         return output
 
-    body = {"forward": staticmethod(forward), "backward": staticmethod(make_backward(_Kernels(ns)))}
+    def backward(ctx, *grads):
+        if losses is not None and any(g is None for g in grads[:losses]):
+            dtype, device = ctx.loss_like
+            given = (torch.zeros((), dtype=dtype, device=device) if g is None else g for g in grads[:losses])
+            grads = (*given, *grads[losses:])
+        return eager_backward(ctx, *grads)
+
+    body = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return type(f"mmkd_{name}", (torch.autograd.Function,), body)
 
 
@@ -102,6 +115,8 @@ def namespace(which: str):
 
 def call(which: str, name: str, *args):
     """Runs schema op `name` of the implementation `which`, differentiably."""
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(f"{name}: transforms of torch.func are not supported; use impl='reference' for them")
     ops = namespace(which)
     eager = ops is torch.ops.mmkd and name in _eager and not torch.compiler.is_compiling() and torch.is_grad_enabled()
     if eager and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):

@@ -206,7 +206,7 @@ def _register(ns: str, ops) -> None:
     library.register_fake(
         f"{ns}::bpr_kd_scores_backward", lambda gb, gp, m, t, tau, b, ns_, nt: (wanted(m, ns_), wanted(m, nt))
     )
-    differentiable(ns, "bpr_kd", _backward, _setup)
+    differentiable(ns, "bpr_kd", _backward, _setup, losses=2)
     differentiable(ns, "bpr_kd_scores", _scores_backward, _scores_setup)
     for name in ("bpr_kd_backward", "bpr_kd_scores_backward"):
         refuse_second_derivative(f"{ns}::{name}")

@@ -69,31 +69,49 @@ def emb_kd_loss(
         if student.shape[0] == 0:
             return student.to(acc).sum()
         return reference.emb_kd(student, teachers, gamma, v)
-    return call(which, "emb_kd", dense(student), dense(teachers), v, float(gamma))[0]
+    return call(which, "emb_kd", dense(student), dense(teachers), v, float(gamma), _along(student))[0]
+
+
+def _along(student: Tensor) -> bool:
+    """Whether the student's gradient is to be made with the loss, while its rows and the teachers' are at hand: it is the
+    incoming gradient times a constant. Not in 16 bits, where that constant may underflow what a scaled loss would not, and
+    not in a compiled graph, which keeps what it saves until its end."""
+    eager = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return eager and student.requires_grad and student.dtype in (torch.float32, torch.float64)
 
 
 def _setup(ctx, inputs, output) -> None:
-    *tensors, ctx.gamma = inputs
-    ctx.save_for_backward(*tensors, output[1])
+    *tensors, ctx.gamma, _with_grad = inputs
+    _, stats, unit = output
+    ctx.save_for_backward(*tensors, stats)
+    made = unit.dim() == 2 and type(unit) is Tensor  # traced ones take the way of a graph that is kept
+    ctx.unit = unit.detach() if made else None  # outside of the graph: nobody else holds it
 
 
 def _backward(ops):
-    def backward(ctx, grad, _grad_stats):
+    def backward(ctx, grad, _grad_stats, _grad_unit):
         need_student, need_teachers = ctx.needs_input_grad[:2]
-        grad_student, grad_teachers = ops.emb_kd_backward(
-            grad, *ctx.saved_tensors, ctx.gamma, need_student, need_teachers
-        )
-        return grad_student if need_student else None, grad_teachers if need_teachers else None, None, None
+        # A second pass through a kept graph computes again, and so does one that is itself to be differentiated.
+        unit, ctx.unit = (ctx.unit if need_student and not torch.is_grad_enabled() else None), None
+        grad_student, grad_teachers = None, None
+        if need_teachers or (need_student and unit is None):
+            grad_student, grad_teachers = ops.emb_kd_backward(
+                grad, *ctx.saved_tensors, ctx.gamma, need_student and unit is None, need_teachers
+            )
+        if unit is not None:
+            grad_student = unit if grad.item() == 1 else unit.mul_(grad)
+        return grad_student if need_student else None, grad_teachers if need_teachers else None, None, None, None
 
     return backward
 
 
 @on_register
 def _register(ns: str, ops) -> None:
-    def fake(student, teachers, modality_weights, gamma):
+    def fake(student, teachers, modality_weights, gamma, with_grad):
+        along = with_grad and ns == "mmkd" and student.device.type == "cpu"
         acc = accumulate_type(student.dtype)
         stats = student.new_empty(student.shape[0], 1 + 2 * teachers.shape[0], dtype=acc)
-        return student.new_empty((), dtype=acc), stats
+        return student.new_empty((), dtype=acc), stats, student.new_empty(student.shape if along else (0,))
 
     def fake_backward(grad, student, teachers, modality_weights, stats, gamma, need_student, need_teachers):
         return (
@@ -103,5 +121,5 @@ def _register(ns: str, ops) -> None:
 
     torch.library.register_fake(f"{ns}::emb_kd", fake)
     torch.library.register_fake(f"{ns}::emb_kd_backward", fake_backward)
-    differentiable(ns, "emb_kd", _backward, _setup)
+    differentiable(ns, "emb_kd", _backward, _setup, losses=1)
     refuse_second_derivative(f"{ns}::emb_kd_backward")

@@ -240,7 +240,7 @@ def _register(ns: str, ops) -> None:
         lambda grad, s, t, w, alpha, beta, tau, c, need_s, need_t: (wanted(s, need_s), wanted(t, need_t)),
     )
     differentiable(ns, "list_scores", _scores_backward, _scores_setup)
-    differentiable(ns, "list_kd", _kd_backward, _kd_setup)
+    differentiable(ns, "list_kd", _kd_backward, _kd_setup, losses=1)
     differentiable(ns, "list_kd_scores", _kd_scores_backward, _kd_scores_setup)
     for name in ("list_kd_backward", "list_scores_backward", "list_kd_scores_backward"):
         refuse_second_derivative(f"{ns}::{name}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
@@ -96,6 +98,46 @@ def test_each_gradient_alone_and_threads():
     bit_equal_for_threads(kd(2.5), rows(torch.float32, 64, n=3000))
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.01])
+def test_a_kept_graph_gives_its_gradient_again(scale):
+    student, teachers = (t.requires_grad_() for t in rows(torch.float32, 64, n=300))
+    loss = scale * ops.emb_kd_loss(student, teachers)
+    first = torch.autograd.grad(loss, (student, teachers), retain_graph=True)
+    kept = [g.clone() for g in first]
+    first[0].zero_()  # the caller's own
+    again = torch.autograd.grad(loss, (student, teachers), retain_graph=True)
+    torch.testing.assert_close(again, tuple(kept))
+    torch.testing.assert_close(torch.autograd.grad(loss, student)[0], kept[0])
+
+
+def test_transforms_are_refused_but_by_the_reference():
+    student, teachers = rows(torch.float32, 8)
+    with pytest.raises(RuntimeError, match=r"emb_kd: transforms of torch.func are not supported"):
+        torch.func.grad(lambda s: ops.emb_kd_loss(s, teachers))(student)
+    transformed = torch.func.grad(lambda s: ops.emb_kd_loss(s, teachers, impl="reference"))(student)
+    student.requires_grad_()
+    torch.testing.assert_close(transformed, torch.autograd.grad(ops.emb_kd_loss(student, teachers), student)[0])
+
+
+def test_a_gradient_that_no_one_fetched_goes_with_its_graph():
+    student, teachers = rows(torch.float32, 64, n=300)
+    loss = ops.emb_kd_loss(student.requires_grad_(), teachers)
+    unit = weakref.ref(loss.grad_fn.unit)
+    assert unit().shape == student.shape
+    del loss
+    assert unit() is None  # no cycle that a collection would have to find
+
+
+def test_16_bits_make_no_gradient_on_the_way_and_survive_a_scaled_loss():
+    student, teachers = rows(torch.float16, 64, n=20000)
+    loss = ops.emb_kd_loss(student.requires_grad_(), teachers)
+    assert loss.grad_fn.unit is None
+    (2.0**15 * loss).backward()  # unscaled, gradients of 1e-6 would keep three of their bits
+    truth = student.detach().double().requires_grad_()
+    ops.emb_kd_loss(truth, teachers.double()).backward()
+    torch.testing.assert_close(student.grad.double() / 2**15, truth.grad, rtol=2e-3, atol=1e-9)
+
+
 def test_no_rows_and_no_teachers(poison_empty):
     for impl in ("cpp", "reference"):
         student = torch.empty(0, 8, requires_grad=True)
@@ -116,7 +158,9 @@ def test_views():
 
 def test_opcheck_compile_and_autocast():
     student, teachers = (t.requires_grad_() for t in rows(torch.float32, 8))
-    torch.library.opcheck(torch.ops.mmkd.emb_kd.default, (student, teachers, torch.tensor([0.5, 2.0]), 2.0))
+    for with_grad in (False, True):
+        arguments = student, teachers, torch.tensor([0.5, 2.0]), 2.0, with_grad
+        torch.library.opcheck(torch.ops.mmkd.emb_kd.default, arguments)
     compiled = torch.compile(lambda s, t: ops.emb_kd_loss(s, t), fullgraph=True, backend="aot_eager")(student, teachers)
     plain = ops.emb_kd_loss(student, teachers)
     torch.testing.assert_close(

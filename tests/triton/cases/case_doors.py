@@ -34,7 +34,7 @@ def case_opcheck():
         (ops_.bpr_kd, (*tables, U, U, U, teacher, 0.7, True)),
         (ops_.list_scores, (*tables, U, C)),
         (ops_.list_kd, (*tables, U, C, logits, w, 1.0, 1.0, 1.0, True)),
-        (ops_.emb_kd, (tables[0], torch.randn(2, 4, 3), torch.rand(2), 2.0)),
+        (ops_.emb_kd, (tables[0], torch.randn(2, 4, 3), torch.rand(2), 2.0, True)),
         (ops_.topk, (UE, IE, 2, None, None, None)),
     ):
         torch.library.opcheck(op.default, args, test_utils=tests)
@@ -61,7 +61,7 @@ def case_every_op_runs_on_its_tensors_device(monkeypatch):
     for first, call in (
         (UE, lambda: ns.bpr_kd(UE, IE, U, U, U, None, 1.0, True)),
         (UE, lambda: ns.list_scores(UE, IE, U, C)),
-        (UE, lambda: ns.emb_kd(UE, UE[None], torch.ones(1), 2.0)),
+        (UE, lambda: ns.emb_kd(UE, UE[None], torch.ones(1), 2.0, False)),
         (UE, lambda: ns.topk(UE, IE, 2, None, None, None)),
         (g.rowptr, lambda: ns.propagate(g.rowptr, g.col, g.scale, torch.randn(9, 2), 1, None)),
     ):
