@@ -66,10 +66,12 @@ STABLE_TORCH_LIBRARY(mmkd, m) {
   m.def(
       "list_kd_scores_backward(Tensor grad, Tensor student_logits, Tensor teacher_logits, Tensor modality_weights, "
       "float alpha, float beta, float tau, bool coupled, bool need_student, bool need_teacher) -> (Tensor, Tensor)");
-  m.def("emb_kd(Tensor student, Tensor teachers, Tensor modality_weights, float gamma, bool with_grad) -> (Tensor loss, "
+  m.def(
+      "emb_kd(Tensor student, Tensor teachers, Tensor modality_weights, float gamma, bool with_grad) -> (Tensor loss, "
       "Tensor stats, Tensor grad_student)");
   m.def(
-      "emb_kd_backward(Tensor grad, Tensor student, Tensor teachers, Tensor modality_weights, Tensor stats, float gamma, "
+      "emb_kd_backward(Tensor grad, Tensor student, Tensor teachers, Tensor modality_weights, Tensor stats, float "
+      "gamma, "
       "bool need_student, bool need_teachers) -> (Tensor, Tensor)");
   // Gradients that are not there are None; the one of `state` comes back.
   m.def(

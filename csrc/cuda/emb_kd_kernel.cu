@@ -92,7 +92,8 @@ __global__ void __launch_bounds__(kBlock) emb_backward_kernel(EmbArgs a, EmbBack
         const A ff = stats[2 + 2 * m];
         const Cosine<A> cos(stats[0], stats[1 + 2 * m], ff);
         const A rest = 1 - cos.value;
-        const A slope = cos.live && !(rest < 0) ? -scale * weights[m] * raised(rest, gamma - 1) : A(0);  // d loss / d cos
+        const A slope =
+            cos.live && !(rest < 0) ? -scale * weights[m] * raised(rest, gamma - 1) : A(0);  // d loss / d cos
         const A across = slope / cos.norms;
         axpy(student, across, f);
         axpy(student, cos.live ? -slope * cos.value / stats[0] : A(0), e);
