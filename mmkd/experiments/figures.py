@@ -49,11 +49,15 @@ def figure4(study: Study) -> Path:
             got = {m: cell.results[label][m] for m in ("recall@20", "ndcg@20")}
             records.append({"setting": path, "value": value, "model": label, **got})
     figure, axes = new_figure(4, 2, size=(3.6, 2.8))
+    reached = [r["recall@20"] for r in records]
+    margin = 0.05 * (max(reached) - min(reached)) or 0.01
+    limits = min(reached) - margin, max(reached) + margin  # of all: what moves nothing looks flat
     for axis, path in zip(axes.flat, SWEEPS, strict=False):
         for label in (TITLES["teacher"], MMKD):
             line = [r for r in records if r["setting"] == path and r["model"] == label]
-            axis.plot([str(r["value"]) for r in line], [r["recall@20"] for r in line], marker=".", label=label)
-        axis.set(title=path, ylabel="recall@20")
+            axis.plot(range(len(line)), [r["recall@20"] for r in line], marker=".", label=label)
+        axis.set_xticks(range(len(line)), [f"{r['value']:g}" for r in line])
+        axis.set(title=path, ylabel="recall@20", ylim=limits)
         axis.grid(alpha=0.3)
     axes.flat[0].legend(frameon=False)
     axes.flat[-1].axis("off")

@@ -153,6 +153,10 @@ def _peak_memory(study: Study) -> dict[str, float]:
     return {stage: measured[stage]["memory"]["run"] / 1e6 for stage in STAGES if measured[stage]["memory"]}
 
 
+def _measured(value: float, form: str) -> str:
+    return "-" if np.isnan(value) else format(value, form)
+
+
 def table6(study: Study) -> Path:
     """Compactness and time: parameters with and without the frozen features a model has to carry, and peak memory."""
     data = study.dataset(0)
@@ -172,11 +176,12 @@ def table6(study: Study) -> Path:
         })  # fmt: skip
     cells = [
         [r["model"], f"{r['parameters']:,}", f"{r['with features']:,}", f"{100 * r['ratio']:.2f} %",
-         f"{r['seconds per epoch']:.2f}", f"{r['peak memory, MB']:,.0f}", f"{r['recommend all users, s']:.3f}"] for r in records
+         f"{r['seconds per epoch']:.2f}", _measured(r["peak memory, MB"], ",.0f"),
+         _measured(r["recommend all users, s"], ".3f")] for r in records
     ]  # fmt: skip
     body = (
         f"{study.name}: {data.num_users:,} users, {data.num_items:,} items, {frozen:,} frozen feature numbers. "
-        "Seconds are wall clock on this machine, with whatever else ran on it; `mmkd bench` measures in isolation. Memory is the stage's peak above interpreter and libraries, of teacher and student.\n\n"
+        "Seconds are wall clock on this machine, with whatever else ran on it; `mmkd bench` measures in isolation. Memory is the stage's peak above interpreter and libraries; it is taken of teacher and student alone, and only what is served recommends (-: not taken).\n\n"
         + markdown(
             [
                 "model",
