@@ -19,10 +19,11 @@ from mmkd.models.baselines import TITLES, TRAINED
 L2, RATES = (1e-3, 1e-2, 1e-1), (1e-3, 3e-3)
 # A trial ends sooner than the run of the winner will: it only has to tell settings apart.
 SHORT = {"epochs": 100, "patience": 4}
-SHARED = ({"shared_negatives": 256, "l2": 1e-2}, {"shared_negatives": 256, "l2": 3e-2})
+SHARED = {"shared_negatives": 256, "l2": 3e-2}
+# A name with a dot is a setting outside of the model's own section.
 OWN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "lightgcn": SHARED,
-    "mmkd": SHARED,
+    "lightgcn": (SHARED, {"layers": 2}),
+    "mmkd": (SHARED, {"layers": 2, "student.layers": 2}),
     "bpr-mf": ({"draw": "pairs"}, {"lr": 1e-2}),
     "ngcf": ({"draw": "pairs"}, {"layers": 2}),
     "vbpr": ({"draw": "pairs"}, {"lr": 3e-4}),
@@ -68,7 +69,8 @@ class Search:
         return self._paths(self.best)
 
     def _paths(self, settings: dict[str, Any]) -> dict[str, Any]:
-        return {f"{SECTION[self.name]}.{key}": value for key, value in settings.items()}
+        section = SECTION[self.name]
+        return {key if "." in key else f"{section}.{key}": value for key, value in settings.items()}
 
     def _try(self, settings: dict[str, Any]) -> None:
         cell = self.study.cell({"model": self.name, **self._paths(self.short | settings)})
