@@ -24,6 +24,7 @@ PAPER = (
     ("student.l2", "one of 2.5e-3, 7.4e-3, 2.1e-2"),
     ("distill.pair_kind", "Eq. 5 as printed takes the log of a negative number"),
     ("distill.list_weight", "coupled (Eq. 10, its first sign corrected)"),
+    ("distill.modality_weights", "one weight for all modalities (uniform)"),
     ("distill.emb_sample", "all items and users"),
 )
 
