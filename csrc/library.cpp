@@ -70,9 +70,8 @@ STABLE_TORCH_LIBRARY(mmkd, m) {
       "emb_kd(Tensor student, Tensor teachers, Tensor modality_weights, float gamma, bool with_grad) -> (Tensor loss, "
       "Tensor stats, Tensor grad_student)");
   m.def(
-      "emb_kd_backward(Tensor grad, Tensor student, Tensor teachers, Tensor modality_weights, Tensor stats, float "
-      "gamma, "
-      "bool need_student, bool need_teachers) -> (Tensor, Tensor)");
+      "emb_kd_backward(Tensor grad, Tensor student, Tensor teachers, Tensor modality_weights, Tensor stats, "
+      "float gamma, bool need_student, bool need_teachers) -> (Tensor, Tensor)");
   // Gradients that are not there are None; the one of `state` comes back.
   m.def(
       "frozen_teacher(Tensor content, Tensor design, Tensor ids, Tensor omega, Tensor state, Tensor nodes, Tensor "
