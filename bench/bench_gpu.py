@@ -1,11 +1,12 @@
 """Every op on a GPU: CUDA C++ and Triton kernels, eager, torch.compile, and cuSPARSE through torch.
 
-Timed by events, warmed up, in turn, with different inputs every time and a cold L2. Skipped, with the reason, where there
-is no GPU. None has run this yet: the first table it makes is the first measurement.
+Timed by events, warmed up, in turn, with different inputs every time and a cold L2; called from Python, and as CUDA
+graphs. Skipped, with the reason, where there is no GPU.
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -164,8 +165,8 @@ def topk_works(name: str, device: str, impls: Callable[[str], list[str]], dtype:
 WORKS = {"sparse": sparse_works, "losses": loss_works, "topk": topk_works}
 
 
-def measure(work: Work, dtype: torch.dtype, cuda=torch.cuda) -> harness.Row:
-    """Asserts that all competitors agree, then times them and records the row."""
+def measure(work: Work, dtype: torch.dtype, cuda=torch.cuda, capture=gpu.capturable) -> harness.Row:
+    """Asserts that all competitors agree, then times them, called and as CUDA graphs, and records the row."""
     values = {name: v.float() for name, v in work.value().items()}
     tolerance = 1e-3 if dtype == torch.float32 else 6e-2
     for name, value in values.items():
@@ -175,11 +176,16 @@ def measure(work: Work, dtype: torch.dtype, cuda=torch.cuda) -> harness.Row:
     copies = [work.make(i) for i in range(COPIES)]
     turns = {name: fn and gpu.rotating(lambda i, n=name: copies[i][n], COPIES) for name, fn in copies[0].items()}
     ours = turns.pop("ours")
-    return harness.compare(
+    row = harness.compare(
         work.op, work.case, ours, turns, moved_bytes=work.moved_bytes, flops=work.flops, memory=True, rounds=gpu.ROUNDS,
         clock=lambda functions, rounds, warmup: gpu.interleaved(functions, rounds, cuda=cuda),
         peak=lambda fn: gpu.peak_extra_mb(fn, cuda=cuda),
     )  # fmt: skip
+    graphs = {n: [capture(copy[n]) for copy in copies] for n, fn in copies[0].items() if fn is not None}
+    replays = {n: gpu.rotating(lambda i, n=n: graphs[n][i], COPIES) for n in graphs if all(graphs[n])}
+    times = gpu.interleaved(replays, gpu.ROUNDS, cuda=cuda)
+    row.captured = {n: statistics.median(t) for n, t in times.items()}
+    return row
 
 
 @pytest.mark.gpu

@@ -42,6 +42,7 @@ class Row:
     peak_mb: dict[str, float] = field(default_factory=dict)
     target: dict[str, float] = field(default_factory=dict)  # rival -> the least ratio asked for
     first: dict[str, float] = field(default_factory=dict)  # "ours" and every rival present; empty if not kept apart
+    captured: dict[str, float] = field(default_factory=dict)  # on a GPU: as a CUDA graph, without the host's work
 
 
 ROWS: list[Row] = []
@@ -228,6 +229,8 @@ def table() -> str:
             memory = f" {r.peak_mb[name]:.1f}MB" if name in r.peak_mb else ""
             rivals.append(f"{name}: absent" if ms is None else f"{name} {ms:.2f} ({r.ratios[name]:.1f}x){goal}{memory}")
         own = f" ours {r.peak_mb['ours']:.1f}MB" if r.peak_mb else ""
+        if r.captured:
+            own += "; captured: " + ", ".join(f"{name} {ms:.3f}" for name, ms in r.captured.items())
         rates = f"{r.gbps:>7.1f}" if r.gbps else " " * 7
         rates += f"{r.gflops:>9.1f}" if r.gflops else " " * 9
         lines.append(f"{r.op:<16}{r.case:<44}{r.ours_ms:>9.3f} {r.spread_ms:>6.3f}  {rates}  {'; '.join(rivals)}{own}")

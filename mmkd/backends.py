@@ -45,6 +45,8 @@ _KERNELS = {(op, key): _has_kernel(op, key) for op in OPS for key in ("CPU", "CU
 def _triton_missing(op: str, device: str) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
+    if importlib.util.find_spec("mmkd.kernels") is None:
+        return "the package mmkd.kernels is missing: install mmkd (pip install -e .) instead of importing the folder"
     if importlib.util.find_spec(f"mmkd.kernels.{'spmm' if op == 'propagate' else op}") is None:
         return "no Triton kernel for this op in this version"
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":

@@ -92,13 +92,15 @@ def test_every_op_is_timed_and_tabulated(dtype, monkeypatch):
     monkeypatch.setattr(harness, "machine", lambda: machine | {"gpu": "a GPU", "gpu_copy_gbps": 900.0})
     for part in bench_gpu.WORKS.values():
         for work in part("tiny", "cpu", lambda op: ["cpp", "reference"], dtype):
-            bench_gpu.measure(work, dtype, FakeCuda(tick=1.0))
+            bench_gpu.measure(work, dtype, FakeCuda(tick=1.0), capture=lambda fn: fn)
     assert {r.op for r in harness.ROWS} == {"spmm", "propagate", "bpr_kd", "list_kd", "emb_kd", "topk"}
     rivals = {r.op: set(r.rivals) for r in harness.ROWS}
     assert rivals["spmm"] == {"reference", "cuSPARSE fp32"}
     assert rivals["propagate"] == {"reference", "cuSPARSE autograd", "cuSPARSE symmetric"}
     assert rivals["list_kd"] == {"reference", "eager", "torch.compile"}
+    assert all(set(r.captured) == {"ours"} | {n for n, ms in r.rivals.items() if ms} for r in harness.ROWS)
     text = harness.table()
+    assert "captured: ours" in text
     assert "a GPU, copy 900.0 GB/s" in text and "torch.compile: absent" in text and "3.0MB" in text
 
 

@@ -9,8 +9,14 @@ import torch
 SCHEDULES = (1, 2, 3)
 
 
+# a GPU counts no launches, has no op for the flag, and a check that fails there ends the process
+ONLY_EXECUTOR = {"case_a_graph_is_planned_once", "case_out_of_range_stops_the_kernel", "case_the_flag_of_torch_is_read"}
+
+
 @pytest.fixture(autouse=True)
-def _doors():
+def _doors(request):
+    if simt.ON_GPU and request.node.originalname in ONLY_EXECUTOR:
+        pytest.skip("only the executor shows this")
     with simt.doors():
         yield
 
@@ -28,6 +34,8 @@ def schedules():
     result, for which no kernel may be launched."""
 
     def run(fn, seeds=SCHEDULES, launches=True):
+        if simt.ON_GPU:  # which has schedules of its own
+            return [fn() for _ in seeds]
         results = []
         before = simt.ops.launches()
         for seed in seeds:

@@ -1,4 +1,7 @@
-"""Loads the executor's library as `torch.ops.mmkd_simt`: the CUDA entries and kernels, run on CPU tensors."""
+"""Loads the executor's library as `torch.ops.mmkd_simt`: the CUDA entries and kernels, run on CPU tensors.
+
+MMKD_SIMT_LIBRARY=gpu: the real library instead, the tensors taken to a GPU and back.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,22 @@ import torch
 
 from mmkd import backends
 from mmkd.ops import _registry
+from tests import through_gpu
 
-_library = torch.library.Library("mmkd_simt", "DEF")
-for schema in torch._C._jit_get_all_schemas():
-    if schema.name.startswith("mmkd::") and "cpu_isa" not in schema.name:
-        _library.define(str(schema).removeprefix("mmkd::"))
-torch.ops.load_library(os.environ["MMKD_SIMT_LIBRARY"])
-ops = torch.ops.mmkd_simt
+ON_GPU = os.environ["MMKD_SIMT_LIBRARY"] == "gpu"
+
+
+def _executor():
+    global _library
+    _library = torch.library.Library("mmkd_simt", "DEF")
+    for schema in torch._C._jit_get_all_schemas():
+        if schema.name.startswith("mmkd::") and "cpu_isa" not in schema.name:
+            _library.define(str(schema).removeprefix("mmkd::"))
+    torch.ops.load_library(os.environ["MMKD_SIMT_LIBRARY"])
+    return torch.ops.mmkd_simt
+
+
+ops = through_gpu.define("mmkd_simt", torch.ops.mmkd) if ON_GPU else _executor()
 
 
 @contextmanager
