@@ -55,67 +55,144 @@ __device__ __forceinline__ bool adds(const SpmmArgs& a, int64_t row) {
   return a.add && (!a.add_mask || a.add_mask[row]);
 }
 
-// sum += the entries [j, end) of one row, four loads in flight.
-template <class T, int V>
-__device__ __forceinline__ void add_entries(const SpmmArgs& a, int64_t j, int64_t end, int64_t c, Acc<T> (&sum)[V]) {
-  using A = Acc<T>;
-  constexpr int kUnroll = 4;
-  const T* x = static_cast<const T*>(a.x) + c;
-  const A* value = static_cast<const A*>(a.value);
-  const A* col_scale = static_cast<const A*>(a.col_scale);
-  for (; j < end; j += kUnroll) {
-    Pack<T, V> row[kUnroll];
-    A w[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      w[u] = 0;
-      row[u] = zeros<V, T>();
-      if (j + u < end) {
-        const int64_t from = column(a.m, j + u);
-        if (!a.active || a.active[from]) {
-          row[u] = load<V>(x + from * a.d);
-          w[u] = (col_scale ? col_scale[from] : A(1)) * (value ? value[j + u] : A(1));
-        }
-      }
-    }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) axpy(sum, w[u], row[u]);
-  }
-}
+// What a warp knows of 32 positions from `first` on, a lane each.
+template <class A>
+struct Window {
+  int64_t first = 0, stop = 0, row = 0, base = 0;  // base: from numbers of entries to places in `col`
+  A scale = 1;
+  bool needed = false;
 
+  __device__ __forceinline__ void load(const SpmmArgs& a, int64_t i, int lane) {
+    first = i;
+    const int64_t p = i + lane < a.m.n ? i + lane : a.m.n;
+    stop = a.m.offsets[p < a.m.n ? p + 1 : p];
+    if (p == a.m.n) return;
+    row = row_of(a.m, p);
+    base = a.m.rows ? a.m.rowptr[row] - a.m.offsets[p] : 0;
+    checked(stop + base, a.m.nnz + 1);
+    scale = a.row_scale ? static_cast<const A*>(a.row_scale)[row] : A(1);
+    needed = !a.needed || a.needed[row];
+  }
+};
+
+// A warp per segment. Its groups of `lanes` lanes take one entry each at a time, and kSteps rows of x are on their way
+// whatever the rows of the matrix are, since short rows follow one another in `col`. Columns are read a lane each.
 template <class T, int V>
 __global__ void __launch_bounds__(kBlock) spmm_kernel(SpmmArgs a, int lanes) {
   using A = Acc<T>;
-  const int64_t s = (static_cast<int64_t>(blockIdx.x) * kBlock + threadIdx.x) / lanes;
-  const int64_t c = (static_cast<int64_t>(blockIdx.y) * lanes + threadIdx.x % lanes) * V;
-  if (s >= a.segments || c >= a.d) return;
-  int64_t i = a.cut[2 * s], j = a.cut[2 * s + 1];
+  constexpr int kSteps = 4;
+  const int64_t s = (static_cast<int64_t>(blockIdx.x) * kBlock + threadIdx.x) / kWarp;
+  if (s >= a.segments) return;
+  const Group g(lanes);
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int64_t c = (static_cast<int64_t>(blockIdx.y) * lanes + g.lane) * V;
+  const bool mine = c < a.d, writes = mine && g.index == 0;
+  const T* x = static_cast<const T*>(a.x) + c;
+  const A* value = static_cast<const A*>(a.value);
+  const A* col_scale = static_cast<const A*>(a.col_scale);
   const int64_t end_i = a.cut[2 * s + 2], end_j = a.cut[2 * s + 3];
-  for (; i <= end_i; ++i) {
-    const int64_t start = a.m.offsets[i];
-    if (i == end_i && end_j == start) break;
-    const int64_t stop = i < end_i ? a.m.offsets[i + 1] : end_j;
-    const int64_t row = row_of(a.m, i);
-    const bool begun = j > start;  // by an earlier segment
-    if (!a.needed || a.needed[row]) {
-      A sum[V] = {};
-      const int64_t base = a.m.rows ? a.m.rowptr[row] - start : 0;
-      checked(stop + base, a.m.nnz + 1);
-      add_entries<T, V>(a, j + base, stop + base, c, sum);
-      if (begun || i == end_i) {
-        Pack<A, V> part;
+  const bool flat = !a.m.rows && !a.needed;  // all entries of the segment follow one another
+  int64_t i = a.cut[2 * s], j = a.cut[2 * s + 1], start = a.m.offsets[i];
+  bool begun = j > start;  // by an earlier segment
+  if (i == end_i && end_j == start) return;
+
+  Window<A> window;
+  window.load(a, i, lane);
+  A sum[V] = {};
+  int64_t stop, row, base;
+  A scale;
+  bool needed;
+  Pack<T, V> add;
+  const auto begin_row = [&] {
+    const int at = static_cast<int>(i - window.first);
+    stop = i < end_i ? __shfl_sync(kFull, window.stop, at) : end_j;
+    row = __shfl_sync(kFull, window.row, at);
+    base = a.m.rows ? __shfl_sync(kFull, window.base, at) : 0;
+    scale = __shfl_sync(kFull, window.scale, at);
+    needed = !a.needed || __shfl_sync(kFull, static_cast<int>(window.needed), at);
+    const bool whole = !begun && i < end_i && needed && writes && a.add;
+    add = whole && adds(a, row) ? load<V>(static_cast<const T*>(a.add) + row * a.d + c) : zeros<V, T>();
+  };
+  const auto end_row = [&] {
+    for (int step = lanes; step < kWarp; step *= 2) {
 #pragma unroll
-        for (int v = 0; v < V; ++v) part.at[v] = sum[v];
-        *reinterpret_cast<Pack<A, V>*>(static_cast<A*>(a.partial) + (2 * s + (begun ? 0 : 1)) * a.d + c) = part;
-      } else {
-        const Pack<T, V> add = adds(a, row) ? load<V>(static_cast<const T*>(a.add) + row * a.d + c) : zeros<V, T>();
+      for (int v = 0; v < V; ++v) sum[v] += __shfl_xor_sync(kFull, sum[v], step);
+    }
+    if (writes && (begun || i == end_i)) {
+      Pack<A, V> part;
 #pragma unroll
-        for (int v = 0; v < V; ++v) sum[v] = static_cast<A>(a.alpha) * (widen(add.at[v]) + scale_row(a, row, sum[v]));
-        store(static_cast<T*>(a.out) + (a.compact ? i : row) * a.d + c, sum);
+      for (int v = 0; v < V; ++v) part.at[v] = sum[v];
+      *reinterpret_cast<Pack<A, V>*>(static_cast<A*>(a.partial) + (2 * s + (begun ? 0 : 1)) * a.d + c) = part;
+    } else if (writes) {
+#pragma unroll
+      for (int v = 0; v < V; ++v) sum[v] = static_cast<A>(a.alpha) * (widen(add.at[v]) + scale * sum[v]);
+      store(static_cast<T*>(a.out) + (a.compact ? i : row) * a.d + c, sum);
+    }
+#pragma unroll
+    for (int v = 0; v < V; ++v) sum[v] = 0;
+  };
+  const auto next_row = [&] {
+    start = stop;
+    begun = false;
+    if (++i - window.first == kWarp) window.load(a, i, lane);
+    begin_row();
+  };
+
+  begin_row();
+  while (true) {
+    // Entries [j, run): those of the segment, or of the row.
+    const int64_t run = flat ? end_j : stop;
+    const auto entry = [&](int64_t at) -> int64_t {  // x's row for the entry of my lane; -1: none
+      if (at + lane >= run) return -1;
+      const int64_t from = column(a.m, at + lane + base);
+      return !a.active || a.active[from] ? from : -1;
+    };
+    int64_t ahead = needed && j < run ? entry(j) : -1;
+    for (; needed && j < run; j += kWarp) {
+      const int64_t from = ahead;
+      A weight = 0;
+      if (from >= 0) {
+        weight = (col_scale ? col_scale[from] : A(1)) * (value ? value[j + lane + base] : A(1));
+      }
+      if (j + kWarp < run) ahead = entry(j + kWarp);
+      const int count = run - j < kWarp ? static_cast<int>(run - j) : kWarp;
+#pragma unroll 1
+      for (int k = 0; k < count; k += kSteps * g.count) {
+        Pack<T, V> rows[kSteps];
+#pragma unroll
+        for (int u = 0; u < kSteps; ++u) {
+          const int e = (k + u * g.count + g.index) & (kWarp - 1);  // past the end: not used
+          const int64_t r = __shfl_sync(kFull, from, e);
+          rows[u] = mine && r >= 0 ? load<V>(x + r * a.d) : zeros<V, T>();
+        }
+#pragma unroll
+        for (int u = 0; u < kSteps; ++u) {
+          const int e = k + u * g.count + g.index;
+          const int past = k + (u + 1) * g.count < count ? k + (u + 1) * g.count : count;
+          const A w = __shfl_sync(kFull, weight, e & (kWarp - 1));
+          int64_t taken = j;
+          while (flat && i < end_i && stop < j + past) {  // rows that end within these entries
+            if (e < count && j + e >= taken && j + e < stop) axpy(sum, w, rows[u]);
+            end_row();
+            next_row();
+            taken = start;
+          }
+          if (e < count && j + e >= taken) axpy(sum, w, rows[u]);
+        }
       }
     }
+    if (flat) break;
+    if (needed) end_row();
+    if (i == end_i) return;
     j = stop;
+    next_row();
+    if (i == end_i && end_j == start) return;
   }
+  while (i < end_i) {
+    end_row();
+    next_row();
+  }
+  if (end_j > start || begun) end_row();
 }
 
 // One warp per segment: where a row that the plan cut begins in it, adds the row's pieces in the order of segments.
@@ -226,7 +303,7 @@ void spmm(const SpmmArgs& a, void* stream) {
     constexpr int V = decltype(tag)::V;
     const int lanes = lanes_for(a.dtype, a.wide, a.d);
     launch("spmm", spmm_kernel<T, V>,
-           Grid{ceil_div(a.segments * lanes, kBlock), kBlock, stream, 0, ceil_div(a.d, int64_t{lanes} * V)}, a, lanes);
+           Grid{ceil_div(a.segments * kWarp, kBlock), kBlock, stream, 0, ceil_div(a.d, int64_t{lanes} * V)}, a, lanes);
   });
   dispatch_type(a.dtype, [&](auto tag) {
     launch("spmm combine", combine_kernel<typename decltype(tag)::T>,
