@@ -11,6 +11,9 @@ namespace mmkd::cuda {
 // The most blocks of a kernel whose threads step through the work by the size of the grid.
 constexpr int64_t kMaxBlocks = 1024;
 
+// Dynamic shared memory that needs no asking for, beside a kernel's static arrays (48 KB together).
+constexpr int64_t kUnaskedShared = 30 * 1024;
+
 struct Grid {
   int64_t x;           // blocks; 0: nothing is launched
   int block;           // threads of a block
@@ -31,6 +34,15 @@ template <class... P, class... A>
 void launch(const char* name, void (*kernel)(P...), const Grid& g, A&&... args) {
   if (g.x == 0) return;
   check_grid(g, name);
+  if (g.shared > kUnaskedShared) {
+    const cudaError_t granted =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(g.shared));
+    if (granted != cudaSuccess) {
+      throw std::runtime_error(
+          std::string("mmkd: ") + name + " needs " + std::to_string(g.shared) +
+          " bytes of shared memory a block, more than this GPU has: " + cudaGetErrorString(granted));
+    }
+  }
   const dim3 blocks(static_cast<unsigned>(g.x), static_cast<unsigned>(g.y));
   kernel<<<blocks, g.block, static_cast<size_t>(g.shared), static_cast<cudaStream_t>(g.stream)>>>(
       std::forward<A>(args)...);

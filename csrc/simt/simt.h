@@ -114,6 +114,16 @@ T __shfl_up_sync(unsigned mask, T x, unsigned delta, int = 32, simt::Site site =
 inline unsigned __ballot_sync(unsigned mask, int on, simt::Site site = simt::Site::current()) {
   return simt::exchange(simt::Exchange::ballot, mask, &on, sizeof on, 0, site);
 }
+inline unsigned __float_as_uint(float x) {
+  unsigned bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+inline float __uint_as_float(unsigned bits) {
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 
