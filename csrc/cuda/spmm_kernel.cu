@@ -55,29 +55,10 @@ __device__ __forceinline__ bool adds(const SpmmArgs& a, int64_t row) {
   return a.add && (!a.add_mask || a.add_mask[row]);
 }
 
-// What a warp knows of 32 positions from `first` on, a lane each.
-template <class A>
-struct Window {
-  int64_t first = 0, stop = 0, row = 0, base = 0;  // base: from numbers of entries to places in `col`
-  A scale = 1;
-  bool needed = false;
-
-  __device__ __forceinline__ void load(const SpmmArgs& a, int64_t i, int lane) {
-    first = i;
-    const int64_t p = i + lane < a.m.n ? i + lane : a.m.n;
-    stop = a.m.offsets[p < a.m.n ? p + 1 : p];
-    if (p == a.m.n) return;
-    row = row_of(a.m, p);
-    base = a.m.rows ? a.m.rowptr[row] - a.m.offsets[p] : 0;
-    checked(stop + base, a.m.nnz + 1);
-    scale = a.row_scale ? static_cast<const A*>(a.row_scale)[row] : A(1);
-    needed = !a.needed || a.needed[row];
-  }
-};
-
-// A warp per segment. Its groups of `lanes` lanes take one entry each at a time, and kSteps rows of x are on their way
-// whatever the rows of the matrix are, since short rows follow one another in `col`. Columns are read a lane each.
-template <class T, int V>
+// A warp per segment. Its groups of `lanes` lanes take one entry each at a time, and columns are read a lane each.
+// Flat: the entries of a segment's rows follow one another in `col`, so kSteps rows of x are on their way to each group
+// whatever the rows of the matrix are. Else some rows are left out or in another order, and each is taken by itself.
+template <class T, int V, bool Flat>
 __global__ void __launch_bounds__(kBlock) spmm_kernel(SpmmArgs a, int lanes) {
   using A = Acc<T>;
   constexpr int kSteps = 4;
@@ -88,30 +69,45 @@ __global__ void __launch_bounds__(kBlock) spmm_kernel(SpmmArgs a, int lanes) {
   const int64_t c = (static_cast<int64_t>(blockIdx.y) * lanes + g.lane) * V;
   const bool mine = c < a.d, writes = mine && g.index == 0;
   const T* x = static_cast<const T*>(a.x) + c;
-  const A* value = static_cast<const A*>(a.value);
-  const A* col_scale = static_cast<const A*>(a.col_scale);
-  const int64_t end_i = a.cut[2 * s + 2], end_j = a.cut[2 * s + 3];
-  const bool flat = !a.m.rows && !a.needed;  // all entries of the segment follow one another
-  int64_t i = a.cut[2 * s], j = a.cut[2 * s + 1], start = a.m.offsets[i];
-  bool begun = j > start;  // by an earlier segment
-  if (i == end_i && end_j == start) return;
+  // Positions and entries are counted from where the segment begins.
+  const int64_t first_i = a.cut[2 * s], first_j = a.cut[2 * s + 1];
+  const int end_i = static_cast<int>(a.cut[2 * s + 2] - first_i);
+  const int end_j = static_cast<int>(checked(a.cut[2 * s + 3] - first_j, INT32_MAX));
+  bool begun = first_j > a.m.offsets[first_i];  // by an earlier segment
+  if (end_i == 0 && end_j == 0 && !begun) return;
 
-  Window<A> window;
-  window.load(a, i, lane);
-  A sum[V] = {};
-  int64_t stop, row, base;
-  A scale;
-  bool needed;
+  // Of 32 positions from `window` on, a lane each: where they end, their rows, their scales.
+  int window = 0, ends = 0;
+  int64_t window_row = 0, window_base = 0;
+  A window_scale = 1;
+  const auto look_ahead = [&](int i) {
+    window = i;
+    const int64_t p = first_i + i + lane;
+    if (p >= a.m.n || i + lane > end_i) return;
+    const int64_t stop_at = a.m.offsets[p + 1];
+    ends = static_cast<int>(stop_at - first_j);
+    window_row = row_of(a.m, p);
+    if (!Flat && a.m.rows) window_base = a.m.rowptr[window_row] - a.m.offsets[p];
+    checked(stop_at + window_base, a.m.nnz + 1);
+    if (a.row_scale) window_scale = static_cast<const A*>(a.row_scale)[window_row];
+  };
+  int i = 0, start = 0, stop = 0;
+  int64_t row = 0, base = first_j;  // base: from numbers of entries to places in `col`
+  A scale = 1, sum[V] = {};
+  bool needed = true;
   Pack<T, V> add;
   const auto begin_row = [&] {
-    const int at = static_cast<int>(i - window.first);
-    stop = i < end_i ? __shfl_sync(kFull, window.stop, at) : end_j;
-    row = __shfl_sync(kFull, window.row, at);
-    base = a.m.rows ? __shfl_sync(kFull, window.base, at) : 0;
-    scale = __shfl_sync(kFull, window.scale, at);
-    needed = !a.needed || __shfl_sync(kFull, static_cast<int>(window.needed), at);
-    const bool whole = !begun && i < end_i && needed && writes && a.add;
-    add = whole && adds(a, row) ? load<V>(static_cast<const T*>(a.add) + row * a.d + c) : zeros<V, T>();
+    const int at = i - window;
+    stop = i < end_i ? __shfl_sync(kFull, ends, at) : end_j;
+    row = Flat ? first_i + i : __shfl_sync(kFull, window_row, at);
+    scale = __shfl_sync(kFull, window_scale, at);
+    if (!Flat) {
+      base = first_j + __shfl_sync(kFull, window_base, at);
+      needed = !a.needed || first_i + i >= a.m.n || a.needed[row];
+    }
+    add = zeros<V, T>();
+    if (writes && i < end_i && !begun && needed && adds(a, row))
+      add = load<V>(static_cast<const T*>(a.add) + row * a.d + c);
   };
   const auto end_row = [&] {
     for (int step = lanes; step < kWarp; step *= 2) {
@@ -126,36 +122,36 @@ __global__ void __launch_bounds__(kBlock) spmm_kernel(SpmmArgs a, int lanes) {
     } else if (writes) {
 #pragma unroll
       for (int v = 0; v < V; ++v) sum[v] = static_cast<A>(a.alpha) * (widen(add.at[v]) + scale * sum[v]);
-      store(static_cast<T*>(a.out) + (a.compact ? i : row) * a.d + c, sum);
+      store(static_cast<T*>(a.out) + (!Flat && a.compact ? first_i + i : row) * a.d + c, sum);
     }
 #pragma unroll
     for (int v = 0; v < V; ++v) sum[v] = 0;
   };
   const auto next_row = [&] {
-    start = stop;
     begun = false;
-    if (++i - window.first == kWarp) window.load(a, i, lane);
+    start = stop;
+    if (++i - window == kWarp) look_ahead(i);
     begin_row();
   };
 
+  look_ahead(0);
   begin_row();
+  int j = 0;
   while (true) {
-    // Entries [j, run): those of the segment, or of the row.
-    const int64_t run = flat ? end_j : stop;
-    const auto entry = [&](int64_t at) -> int64_t {  // x's row for the entry of my lane; -1: none
+    const int run = Flat ? end_j : stop;             // entries [j, run) follow one another
+    const auto column_at = [&](int at) -> int64_t {  // x's row for the entry of my lane; -1: none
       if (at + lane >= run) return -1;
-      const int64_t from = column(a.m, at + lane + base);
+      const int64_t from = column(a.m, base + at + lane);
       return !a.active || a.active[from] ? from : -1;
     };
-    int64_t ahead = needed && j < run ? entry(j) : -1;
+    int64_t ahead = needed ? column_at(j) : -1;
     for (; needed && j < run; j += kWarp) {
       const int64_t from = ahead;
-      A weight = 0;
-      if (from >= 0) {
-        weight = (col_scale ? col_scale[from] : A(1)) * (value ? value[j + lane + base] : A(1));
-      }
-      if (j + kWarp < run) ahead = entry(j + kWarp);
-      const int count = run - j < kWarp ? static_cast<int>(run - j) : kWarp;
+      A weight = from >= 0 ? A(1) : A(0);
+      if (from >= 0 && a.col_scale) weight = static_cast<const A*>(a.col_scale)[from];
+      if (from >= 0 && a.value) weight *= static_cast<const A*>(a.value)[base + j + lane];
+      ahead = column_at(j + kWarp);
+      const int count = run - j < kWarp ? run - j : kWarp;
 #pragma unroll 1
       for (int k = 0; k < count; k += kSteps * g.count) {
         Pack<T, V> rows[kSteps];
@@ -168,31 +164,33 @@ __global__ void __launch_bounds__(kBlock) spmm_kernel(SpmmArgs a, int lanes) {
 #pragma unroll
         for (int u = 0; u < kSteps; ++u) {
           const int e = k + u * g.count + g.index;
-          const int past = k + (u + 1) * g.count < count ? k + (u + 1) * g.count : count;
           const A w = __shfl_sync(kFull, weight, e & (kWarp - 1));
-          int64_t taken = j;
-          while (flat && i < end_i && stop < j + past) {  // rows that end within these entries
-            if (e < count && j + e >= taken && j + e < stop) axpy(sum, w, rows[u]);
-            end_row();
-            next_row();
-            taken = start;
+          int taken = 0;
+          if (Flat) {  // rows that end within these entries
+            const int past = k + (u + 1) * g.count < count ? k + (u + 1) * g.count : count;
+            while (i < end_i && stop < j + past) {
+              if (e < count && e >= taken && j + e < stop) axpy(sum, w, rows[u]);
+              taken = stop - j;
+              end_row();
+              next_row();
+            }
           }
-          if (e < count && j + e >= taken) axpy(sum, w, rows[u]);
+          if (e < count && e >= taken) axpy(sum, w, rows[u]);
         }
       }
     }
-    if (flat) break;
-    if (needed) end_row();
-    if (i == end_i) return;
+    if (Flat) break;
+    if (needed && i < end_i) end_row();
+    if (i == end_i) break;
     j = stop;
     next_row();
-    if (i == end_i && end_j == start) return;
   }
-  while (i < end_i) {
+  while (Flat && i < end_i) {
     end_row();
     next_row();
   }
-  if (end_j > start || begun) end_row();
+  // The last row goes on in the next segment, if it has begun at all.
+  if (needed && (begun || end_j > start)) end_row();
 }
 
 // One warp per segment: where a row that the plan cut begins in it, adds the row's pieces in the order of segments.
@@ -302,8 +300,12 @@ void spmm(const SpmmArgs& a, void* stream) {
     using T = typename decltype(tag)::T;
     constexpr int V = decltype(tag)::V;
     const int lanes = lanes_for(a.dtype, a.wide, a.d);
-    launch("spmm", spmm_kernel<T, V>,
-           Grid{ceil_div(a.segments * kWarp, kBlock), kBlock, stream, 0, ceil_div(a.d, int64_t{lanes} * V)}, a, lanes);
+    const Grid grid{ceil_div(a.segments * kWarp, kBlock), kBlock, stream, 0, ceil_div(a.d, int64_t{lanes} * V)};
+    if (!a.m.rows && !a.needed) {
+      launch("spmm", spmm_kernel<T, V, true>, grid, a, lanes);
+    } else {
+      launch("spmm", spmm_kernel<T, V, false>, grid, a, lanes);
+    }
   });
   dispatch_type(a.dtype, [&](auto tag) {
     launch("spmm combine", combine_kernel<typename decltype(tag)::T>,
