@@ -19,6 +19,7 @@ Csr csr_of(const Tensor& rowptr, const Tensor& col, int64_t num_cols) {
              torch::headeronly::toString(col.scalar_type()));
   MMKD_CHECK(rowptr.numel() >= 1, "rowptr: expected num_rows + 1 entries, got none");
   const int64_t rows = rowptr.numel() - 1;
+  MMKD_CHECK(num_cols <= INT32_MAX, "x: expected at most 2^31 - 1 rows, got ", num_cols);
   MMKD_CHECK(rows > 0 || col.numel() == 0, "col: expected no entries, as rowptr has no rows, got ", col.numel());
   return {data<int64_t>(rowptr),
           col.const_data_ptr(),

@@ -67,8 +67,9 @@ __global__ void __launch_bounds__(kBlock) spmm_kernel(SpmmArgs a, int lanes) {
   const Group g(lanes);
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int64_t c = (static_cast<int64_t>(blockIdx.y) * lanes + g.lane) * V;
-  const bool mine = c < a.d, writes = mine && g.index == 0;
-  const T* x = static_cast<const T*>(a.x) + c;
+  const bool writes = c < a.d && g.index == 0;
+  const T* x = static_cast<const T*>(a.x) + (c < a.d ? c : 0);
+  const unsigned pitch = static_cast<unsigned>(a.d);
   // Positions and entries are counted from where the segment begins.
   const int64_t first_i = a.cut[2 * s], first_j = a.cut[2 * s + 1];
   const int end_i = static_cast<int>(a.cut[2 * s + 2] - first_i);
@@ -138,44 +139,49 @@ __global__ void __launch_bounds__(kBlock) spmm_kernel(SpmmArgs a, int lanes) {
   begin_row();
   int j = 0;
   while (true) {
-    const int run = Flat ? end_j : stop;             // entries [j, run) follow one another
-    const auto column_at = [&](int at) -> int64_t {  // x's row for the entry of my lane; -1: none
+    const int run = Flat ? end_j : stop;         // entries [j, run) follow one another
+    const auto column_at = [&](int at) -> int {  // x's row for the entry of my lane; -1: none
       if (at + lane >= run) return -1;
-      const int64_t from = column(a.m, base + at + lane);
+      const int from = static_cast<int>(column(a.m, base + at + lane));
       return !a.active || a.active[from] ? from : -1;
     };
-    int64_t ahead = needed ? column_at(j) : -1;
+    int ahead = needed ? column_at(j) : -1;
     for (; needed && j < run; j += kWarp) {
-      const int64_t from = ahead;
+      const int from = ahead;
       A weight = from >= 0 ? A(1) : A(0);
       if (from >= 0 && a.col_scale) weight = static_cast<const A*>(a.col_scale)[from];
       if (from >= 0 && a.value) weight *= static_cast<const A*>(a.value)[base + j + lane];
       ahead = column_at(j + kWarp);
       const int count = run - j < kWarp ? run - j : kWarp;
+      const unsigned there = __ballot_sync(kFull, from >= 0);
 #pragma unroll 1
       for (int k = 0; k < count; k += kSteps * g.count) {
+        // Loads without a condition, else each waits for the one before: what is not there reads row 0, and is not
+        // added.
         Pack<T, V> rows[kSteps];
+        if (kSteps * g.count >= kWarp || there >> k & ((1u << kSteps * g.count) - 1)) {
 #pragma unroll
-        for (int u = 0; u < kSteps; ++u) {
-          const int e = (k + u * g.count + g.index) & (kWarp - 1);  // past the end: not used
-          const int64_t r = __shfl_sync(kFull, from, e);
-          rows[u] = mine && r >= 0 ? load<V>(x + r * a.d) : zeros<V, T>();
+          for (int u = 0; u < kSteps; ++u) {
+            const int r = __shfl_sync(kFull, from, (k + u * g.count + g.index) & (kWarp - 1));
+            rows[u] = load<V>(x + static_cast<uint64_t>(static_cast<unsigned>(r < 0 ? 0 : r)) * pitch);
+          }
         }
 #pragma unroll
         for (int u = 0; u < kSteps; ++u) {
           const int e = k + u * g.count + g.index;
           const A w = __shfl_sync(kFull, weight, e & (kWarp - 1));
+          const bool mine = e < count && there >> (e & (kWarp - 1)) & 1;
           int taken = 0;
           if (Flat) {  // rows that end within these entries
             const int past = k + (u + 1) * g.count < count ? k + (u + 1) * g.count : count;
             while (i < end_i && stop < j + past) {
-              if (e < count && e >= taken && j + e < stop) axpy(sum, w, rows[u]);
+              if (mine && e >= taken && j + e < stop) axpy(sum, w, rows[u]);
               taken = stop - j;
               end_row();
               next_row();
             }
           }
-          if (e < count && e >= taken) axpy(sum, w, rows[u]);
+          if (mine && e >= taken) axpy(sum, w, rows[u]);
         }
       }
     }
@@ -193,34 +199,68 @@ __global__ void __launch_bounds__(kBlock) spmm_kernel(SpmmArgs a, int lanes) {
   if (needed && (begun || end_j > start)) end_row();
 }
 
-// One warp per segment: where a row that the plan cut begins in it, adds the row's pieces in the order of segments.
-template <class T>
-__global__ void __launch_bounds__(kBlock) combine_kernel(SpmmArgs a) {
-  using A = Acc<T>;
-  const int64_t s = (static_cast<int64_t>(blockIdx.x) * kBlock + threadIdx.x) / kWarp;
-  if (s >= a.segments) return;
-  const int64_t i = a.cut[2 * s + 2];
-  if (i >= a.m.n) return;
-  const int64_t start = a.m.offsets[i];
-  const bool cut_here = a.cut[2 * s + 3] > start, begins_here = a.cut[2 * s] < i || a.cut[2 * s + 1] == start;
-  if (!cut_here || !begins_here) return;
-  const int64_t row = row_of(a.m, i);
-  if (a.needed && !a.needed[row]) return;
-  // The last segment that begins inside the row.
-  const int64_t last = (a.m.offsets[i + 1] + i) / segment_size(a.m, a.segments);
-  const A* partial = static_cast<const A*>(a.partial);
-  for (int64_t c = threadIdx.x % kWarp; c < a.d; c += kWarp) {
-    A sum[4] = {partial[(2 * s + 1) * a.d + c], 0, 0, 0};
-    for (int64_t t = s + 1; t <= last; t += 4) {
+// Where a row that the plan cut begins in a segment, adds the row's pieces: always in the same order. A warp per
+// segment, but all warps of the block for a row of many pieces: one warp would be the last to finish.
+constexpr int kCombineBlock = 256, kCombineWarps = kCombineBlock / kWarp, kAlone = 16;
+
+// partial[2 * (s + 1 + t)] for t = first, first + step, ... below n, for column c.
+template <class A>
+__device__ __forceinline__ A sum_pieces(const A* partial, int64_t d, int64_t s, int64_t c, int64_t n, int first,
+                                        int step) {
+  A sum[4] = {};
+  for (int64_t t = first; t < n; t += 4 * step) {
 #pragma unroll
-      for (int u = 0; u < 4; ++u) {
-        if (t + u <= last) sum[u] += partial[2 * (t + u) * a.d + c];
-      }
+    for (int u = 0; u < 4; ++u) {
+      if (t + u * step < n) sum[u] += partial[2 * (s + 1 + t + u * step) * d + c];
     }
-    const A all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  }
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kCombineBlock, 4) combine_kernel(SpmmArgs a) {
+  using A = Acc<T>;
+  MMKD_SHARED(int64_t, pieces, kCombineWarps);
+  MMKD_SHARED(A, sums, kCombineWarps * kWarp);
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kCombineWarps;
+  const A* partial = static_cast<const A*>(a.partial);
+  const auto write = [&](int64_t s, int64_t c, A all) {
+    const int64_t i = a.cut[2 * s + 2], row = row_of(a.m, i);
     const A add = adds(a, row) ? widen(static_cast<const T*>(a.add)[row * a.d + c]) : A(0);
-    static_cast<T*>(a.out)[(a.compact ? i : row) * a.d + c] =
-        narrow<T>(static_cast<A>(a.alpha) * (add + scale_row(a, row, all)));
+    all = static_cast<A>(a.alpha) * (add + scale_row(a, row, partial[(2 * s + 1) * a.d + c] + all));
+    static_cast<T*>(a.out)[(a.compact ? i : row) * a.d + c] = narrow<T>(all);
+  };
+  // Further pieces of the row that is cut and begins in segment s; 0: there is none.
+  const auto further = [&](int64_t s) -> int64_t {
+    if (s >= a.segments) return 0;
+    const int64_t i = a.cut[2 * s + 2];
+    if (i >= a.m.n) return 0;
+    const int64_t start = a.m.offsets[i];
+    const bool begins_here = a.cut[2 * s] < i || a.cut[2 * s + 1] == start;
+    if (a.cut[2 * s + 3] <= start || !begins_here || (a.needed && !a.needed[row_of(a.m, i)])) return 0;
+    return (a.m.offsets[i + 1] + i) / segment_size(a.m, a.segments) -
+           s;  // to the last segment that begins inside the row
+  };
+  const int64_t s = first + warp, n = further(s);
+  if (lane == 0) pieces[warp] = n > kAlone ? n : 0;
+  if (n > 0 && n <= kAlone) {
+    for (int64_t c = lane; c < a.d; c += kWarp) write(s, c, sum_pieces(partial, a.d, s, c, n, 0, 1));
+  }
+  __syncthreads();
+  for (int w = 0; w < kCombineWarps; ++w) {
+    if (pieces[w] == 0) continue;
+    for (int64_t c0 = 0; c0 < a.d; c0 += kWarp) {
+      const int64_t c = c0 + lane;
+      sums[warp * kWarp + lane] = c < a.d ? sum_pieces(partial, a.d, first + w, c, pieces[w], warp, kCombineWarps) : 0;
+      __syncthreads();
+      if (warp == 0 && c < a.d) {
+        A all = 0;
+        for (int v = 0; v < kCombineWarps; ++v) all += sums[v * kWarp + lane];
+        write(first + w, c, all);
+      }
+      __syncthreads();
+    }
   }
 }
 
@@ -309,7 +349,7 @@ void spmm(const SpmmArgs& a, void* stream) {
   });
   dispatch_type(a.dtype, [&](auto tag) {
     launch("spmm combine", combine_kernel<typename decltype(tag)::T>,
-           Grid{ceil_div(a.segments * kWarp, kBlock), kBlock, stream}, a);
+           Grid{ceil_div(a.segments, kCombineWarps), kCombineBlock, stream}, a);
   });
 }
 

@@ -46,7 +46,7 @@ def principal_components(features: FeatureTable, dim: int, seed: int = 0) -> Ten
     loadings = loadings.copy()
     peak = np.abs(loadings).argmax(axis=0)
     loadings[:, loadings[peak, np.arange(dim)] < 0] *= -1
-    scores = [b.numpy() @ loadings - mean @ loadings for b in features.blocks(dtype=torch.float64)]
+    scores = [b.cpu().numpy() @ loadings - mean @ loadings for b in features.blocks(dtype=torch.float64)]
     return torch.from_numpy(np.concatenate(scores)).float()
 
 
@@ -55,7 +55,7 @@ def _centred_product(features: FeatureTable, right: np.ndarray, mean: np.ndarray
     total = np.zeros((features.width, right.shape[1]))
     exact = right.shape[0] == right.shape[1]
     for block in features.blocks(dtype=torch.float64):
-        centred = block.numpy() - mean
+        centred = block.cpu().numpy() - mean
         total += centred.T @ centred if exact else centred.T @ (centred @ right)
     return total
 
