@@ -10,10 +10,12 @@ import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import bench_step
 import cases
 import gpu
 import harness
 import pytest
+import steps
 import torch
 from bench_spmm import _eager, _moved, _SymmetricCsr, _torch_csr
 from harness import compiled, forward_backward
@@ -186,6 +188,24 @@ def measure(work: Work, dtype: torch.dtype, cuda=torch.cuda, capture=gpu.captura
     times = gpu.interleaved(replays, gpu.ROUNDS, cuda=cuda)
     row.captured = {n: statistics.median(t) for n, t in times.items()}
     return row
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(gpu.why_not() is not None, reason=f"{gpu.why_not()}")
+@pytest.mark.parametrize("name", ["tiktok", "netflix", "electronics"])
+@pytest.mark.parametrize("stage", ["student", "teacher"])
+def bench_step_on_gpu(stage, name):
+    """A training step as called: batch, forward, backward, AdamW, against the eager step of the same mathematics."""
+    pair = (steps.student if stage == "student" else steps.teacher_step)(name, device="cuda")
+    steps.assert_close(pair)
+    turns = iter(range(100_000))
+
+    def ours() -> None:
+        pair.ours(0, next(turns))
+        pair.optimizer.step()
+
+    rivals = {f"eager {layout}": bench_step.eager_step(pair, layout) for layout in ("csr", "coo")}
+    harness.compare(f"{stage} step", f"{name} L=2", ours, rivals, rounds=20, memory=True, peak=gpu.peak_extra_mb)
 
 
 @pytest.mark.gpu

@@ -6,6 +6,9 @@ learns as it does in ours. Closeness of losses and gradients is asserted first.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import count
+
 import pytest
 import steps
 import torch
@@ -15,10 +18,11 @@ OUR_STEPS = 8  # to an eager one: an eager step leaves cold caches and an alloca
 STUDENT_TARGETS = {"tiktok": 25, "netflix": 40, "electronics": 120}
 
 
-def _eager_step(pair: steps.Pair, layout: str):
+def eager_step(pair: steps.Pair, layout: str) -> Callable[[], None]:
+    """The twin's step: its losses in full, backward, AdamW."""
     loss, leaves = pair.eager(layout)
     optimizer = torch.optim.AdamW(leaves, lr=1e-4)
-    batches = iter([(0, s) for s in range(1000)])
+    batches = ((0, s) for s in count())
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -28,11 +32,11 @@ def _eager_step(pair: steps.Pair, layout: str):
     return step
 
 
-def _our_steps(pair: steps.Pair, count: int = OUR_STEPS):
+def _our_steps(pair: steps.Pair, number: int = OUR_STEPS) -> Callable[[], None]:
     batches = iter([(0, s) for s in range(10_000)])
 
     def run() -> None:
-        for _ in range(count):
+        for _ in range(number):
             pair.ours(*next(batches))
             pair.optimizer.step()
 
@@ -44,7 +48,7 @@ def _our_steps(pair: steps.Pair, count: int = OUR_STEPS):
 def bench_student_step(compare, name, emb):
     pair = steps.student(name, emb_sample=1024 if emb == "sampled" else None)
     steps.assert_close(pair)
-    rivals = {f"eager {layout}": _eager_step(pair, layout) for layout in ("csr", "coo")}
+    rivals = {f"eager {layout}": eager_step(pair, layout) for layout in ("csr", "coo")}
     compare("student step", f"{name} L=2, EmbKD {emb}", _our_steps(pair), rivals,
             targets={"eager csr": STUDENT_TARGETS[name]}, rounds=ROUNDS, warmup=1, calls=1, repeats=OUR_STEPS)  # fmt: skip
 
@@ -53,7 +57,7 @@ def bench_student_step(compare, name, emb):
 def bench_teacher_step(compare, name):
     pair = steps.teacher_step(name)
     steps.assert_close(pair)
-    rivals = {f"eager {layout}": _eager_step(pair, layout) for layout in ("csr", "coo")}
+    rivals = {f"eager {layout}": eager_step(pair, layout) for layout in ("csr", "coo")}
     row = compare("teacher step", f"{name} L=2", _our_steps(pair), rivals | {"X W and its gradient": steps.gemms(name)},
                   rounds=ROUNDS, warmup=1, calls=1, repeats=OUR_STEPS)  # fmt: skip
     row.target = {"X W and its gradient": 1 / 1.4}  # the step within 1.4x of the products it cannot avoid

@@ -20,7 +20,7 @@ class EagerGraph:
     """`Â`, `R̂` and `R̂ᵀ` with stored values, in torch's COO (as the published codes) or CSR layout."""
 
     def __init__(self, graph: BipartiteGraph, layout: str) -> None:
-        users = torch.repeat_interleave(torch.arange(graph.num_users), graph.user_rowptr.diff())
+        users = torch.arange(graph.num_users, device=graph.device).repeat_interleave(graph.user_rowptr.diff())
         items, size = graph.user_col.long(), (graph.num_users, graph.num_items)
         values = graph.scale[users] * graph.scale[graph.num_users + items]
         self.num_users, self.num_items = size

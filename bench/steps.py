@@ -61,15 +61,15 @@ def _one_each(num_users: int, num_items: int, rng):
 
 
 @lru_cache(maxsize=1)
-def teacher(name: str, norm: str = "mean") -> Teacher:
+def teacher(name: str, norm: str = "mean", device: str = "cpu") -> Teacher:
     """An untrained teacher; `H` is random, for its values do not matter to the time of a step."""
-    data, g, generator, c = dataset(name), graph(name), torch.Generator().manual_seed(0), config()
-    tables = [FeatureTable(m, x, c.teacher.features) for m, x in data.features.items()]
+    data, g, generator, c = dataset(name), graph(name).to(device), torch.Generator().manual_seed(0), config()
+    tables = [FeatureTable(m, x, c.teacher.features).to(device) for m, x in data.features.items()]
     prompt = Prompt(torch.randn(data.num_items, DIM, generator=generator), generator)
     return Teacher(
         g, tables, prompt, layers=LAYERS, feature_layers=1, feature_weight=c.teacher.feature_weight,
         strength=c.prompt.strength, norm=norm, generator=generator,
-    )  # fmt: skip
+    ).to(device)  # fmt: skip
 
 
 @dataclass
@@ -94,10 +94,10 @@ def _pair(task, eager) -> Pair:
     return Pair(ours, parameters, eager, task, optimizer)
 
 
-def student(name: str, norm: str = "mean", **distill) -> Pair:
+def student(name: str, norm: str = "mean", device: str = "cpu", **distill) -> Pair:
     """The student's step: collapsed frozen teacher, compact tables."""
-    frozen, c, data, g = teacher(name, norm), config(**distill), dataset(name), graph(name)
-    weights = torch.full((len(frozen.features),), 1.0 / len(frozen.features))
+    frozen, c, data = teacher(name, norm, device), config(**distill), dataset(name)
+    g, weights = frozen.graph, torch.full((len(frozen.features),), 1.0 / len(frozen.features), device=device)
     table = torch.cat(frozen.tables())
     task = StudentTask(LightGCN(g, table, LAYERS), FrozenTeacher(frozen), c, data, g, weights)
 
@@ -106,29 +106,29 @@ def student(name: str, norm: str = "mean", **distill) -> Pair:
 
         def loss(epoch: int, step: int) -> Tensor:
             batch = task.sampler.batch(epoch, step)
-            candidates = torch.from_numpy(np.concatenate([batch.pos[:, None], batch.neg], 1))
-            nodes = task._emb_nodes(epoch, step)
-            return student_loss(leaf, twin, torch.from_numpy(batch.users), candidates, nodes, c, weights)
+            candidates = torch.from_numpy(np.concatenate([batch.pos[:, None], batch.neg], 1)).to(device)
+            nodes, users = task._emb_nodes(epoch, step).to(device), torch.from_numpy(batch.users).to(device)
+            return student_loss(leaf, twin, users, candidates, nodes, c, weights)
 
         return loss, [leaf, twin.prompt_weight, twin.prompt_bias]
 
     return _pair(task, eager)
 
 
-def teacher_step(name: str) -> Pair:
+def teacher_step(name: str, device: str = "cpu") -> Pair:
     """The teacher's step."""
-    model, c, data, g = teacher(name), config(), dataset(name), graph(name)
-    task = TeacherTask(model, c, data, g)
+    model, c, data = teacher(name, device=device), config(), dataset(name)
+    task = TeacherTask(model, c, data, model.graph)
 
     def eager(layout: str):
         twin = EagerTeacher(model, layout)
 
         def loss(epoch: int, step: int) -> Tensor:
             batch = task.sampler.batch(epoch, step)
-            candidates = torch.from_numpy(np.concatenate([batch.pos[:, None], batch.neg], 1))
+            candidates = torch.from_numpy(np.concatenate([batch.pos[:, None], batch.neg], 1)).to(device)
             mask = task._mask(epoch, step)
             masks = None if mask is None else list(mask.split(DIM, 1))
-            return teacher_loss(twin, torch.from_numpy(batch.users), candidates, masks, c)
+            return teacher_loss(twin, torch.from_numpy(batch.users).to(device), candidates, masks, c)
 
         leaves = [twin.table, *twin.weights, *twin.biases, twin.prompt_weight, twin.prompt_bias]
         return loss, leaves

@@ -8,7 +8,7 @@ namespace mmkd::cuda {
 namespace {
 
 // Entries and rows in a piece of the plan: long enough to pay for itself, short enough to fill the device.
-constexpr int64_t kPiece = 64;
+constexpr int64_t kPiece = 128;
 
 Csr csr_of(const Tensor& rowptr, const Tensor& col, int64_t num_cols) {
   check_index(rowptr, "rowptr");

@@ -61,7 +61,7 @@ __device__ __forceinline__ bool adds(const SpmmArgs& a, int64_t row) {
 template <class T, int V, bool Flat>
 __global__ void __launch_bounds__(kBlock) spmm_kernel(SpmmArgs a, int lanes) {
   using A = Acc<T>;
-  constexpr int kSteps = 4;
+  constexpr int kSteps = V == 8 ? 2 : 4;  // as many bytes on their way for any type
   const int64_t s = (static_cast<int64_t>(blockIdx.x) * kBlock + threadIdx.x) / kWarp;
   if (s >= a.segments) return;
   const Group g(lanes);

@@ -10,7 +10,7 @@ namespace {
 constexpr int kBlock = 256, kWarps = kBlock / kWarp, kEach = 8, kUsers = kWarps * kEach;
 constexpr int kDepth = 16;  // columns of the tables in shared memory at a time
 constexpr int64_t kListBytes = 30 * 1024;
-constexpr int64_t kFew = 2 * kWarp;  // longest list that a warp's registers merge
+constexpr int64_t kFew = 128;  // the longest list that is merged; 93 KB of shared memory
 constexpr int kMergeBlock = 128;
 
 template <class A>
@@ -100,7 +100,7 @@ struct Place {
   }
 };
 
-// Sorted lists, an entry put in its place at once. For lists too long for a warp's registers, and for float64.
+// Sorted lists, an entry put in its place at once. For longer lists, and for float64.
 template <class A, int J>
 struct Lists {
   const TopkArgs& a;
@@ -205,8 +205,8 @@ __device__ __forceinline__ uint64_t sort_keys(uint64_t key, int lane) {
   return key;
 }
 
-// Lists of at most 2 x 32 keys. What may belong in one waits, unsorted, until 32 are there; then they are sorted and
-// merged as a warp's registers.
+// Lists of at most kFew keys. What may belong in one waits, unsorted, until 32 are there; then they are sorted and
+// merged, a key a lane.
 template <int J>
 struct Waiting {
   const TopkArgs& a;
@@ -251,20 +251,15 @@ struct Waiting {
     key = sort_keys(without_excluded(key, u), at.lane);
     const int k = static_cast<int>(a.k), lane = at.lane;
     uint64_t* kept = list(u);
-    uint64_t high = lane < k ? kept[lane] : 0;
-    if (k > kWarp) {
-      uint64_t low = lane + kWarp < k ? kept[lane + kWarp] : 0;
-      const uint64_t mirrored = __shfl_sync(kFull, key, kWarp - 1 - lane);
-      low = merge_keys(low > mirrored ? low : mirrored, lane);
-      const uint64_t across = __shfl_sync(kFull, low, kWarp - 1 - lane);
-      low = merge_keys(high < across ? high : across, lane);
-      high = merge_keys(high > across ? high : across, lane);
-      if (lane + kWarp < k) kept[lane + kWarp] = low;
-    } else {
-      const uint64_t mirrored = __shfl_sync(kFull, key, kWarp - 1 - lane);
-      high = merge_keys(high > mirrored ? high : mirrored, lane);
+    // 32 entries of the list at a time, the last first: the better half goes up, the rest is where it stays.
+#pragma unroll 1
+    for (int i = (k - 1) / kWarp * kWarp + lane; i >= 0; i -= kWarp) {
+      const uint64_t here = i < k ? kept[i] : 0, mirrored = __shfl_sync(kFull, key, kWarp - 1 - lane);
+      key = merge_keys(here > mirrored ? here : mirrored, lane);
+      const uint64_t rest = merge_keys(here > mirrored ? mirrored : here, lane);
+      if (i + kWarp < k) kept[i + kWarp] = rest;
     }
-    if (lane < k) kept[lane] = high;
+    if (lane < k) kept[lane] = key;
     __syncwarp();
     const uint64_t last = kept[k - 1];
     if (lane == u) {
@@ -328,7 +323,7 @@ struct Waiting {
   }
 };
 
-// Few: lists of at most 64 scores in float32.
+// Few: lists of at most kFew scores in float32.
 template <class T, int V, bool Few>
 __global__ void __launch_bounds__(kBlock, 2) topk_kernel(TopkArgs a, bool on_chip) {
   using A = Acc<T>;
