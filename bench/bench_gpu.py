@@ -191,7 +191,7 @@ def measure(work: Work, dtype: torch.dtype, cuda=torch.cuda, capture=gpu.captura
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(gpu.why_not() is not None, reason=f"{gpu.why_not()}")
+@pytest.mark.skipif(gpu.why_not() is not None, reason=str(gpu.why_not()))
 @pytest.mark.parametrize("name", ["tiktok", "netflix", "electronics"])
 @pytest.mark.parametrize("stage", ["student", "teacher"])
 def bench_step_on_gpu(stage, name):
@@ -209,7 +209,7 @@ def bench_step_on_gpu(stage, name):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(gpu.why_not() is not None, reason=f"{gpu.why_not()}; the GPU kernels are not yet timed on a GPU")
+@pytest.mark.skipif(gpu.why_not() is not None, reason=str(gpu.why_not()))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", list(cases.SIZES))
 @pytest.mark.parametrize("part", list(WORKS))

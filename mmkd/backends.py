@@ -27,6 +27,8 @@ OPS = {
 # off the CPU the doors of these compose library products and other ops
 CPU_ONLY = ("frozen_teacher",)
 ORDER = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
+# what is known of the GPU kernels' speed: docs/performance.md
+TIMED_ON = "timed on an H100, not yet on other GPUs"
 _said: set[tuple[str, str]] = set()
 
 
@@ -115,11 +117,9 @@ def report() -> str:
     import mmkd
 
     built = _library.build_info()
-    cuda = _library.CUDA_MISSING or "loaded (not yet timed on a GPU)"
+    cuda = _library.CUDA_MISSING or f"loaded ({TIMED_ON})"
     triton = importlib.util.find_spec("triton")
-    triton_version = (
-        f"{__import__('triton').__version__} (kernels not yet timed on a GPU)" if triton else "not installed"
-    )
+    triton_version = f"{__import__('triton').__version__} (kernels {TIMED_ON})" if triton else "not installed"
     lines = [
         f"mmkd      {mmkd.__version__}",
         f"python    {platform.python_version()} on {platform.system()} {platform.machine()}",

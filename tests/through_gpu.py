@@ -36,4 +36,3 @@ def _through(op):
         return tree_map_only(torch.Tensor, lambda t: t.cpu(), op(*there, **options))
 
     return run
-

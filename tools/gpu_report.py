@@ -223,15 +223,17 @@ def spilling(rows: list[dict]) -> list[str]:
 def page(cuda: list[dict] | None, triton: list[dict] | None) -> str:
     """The page's text."""
     lines = [
-        "# The GPU kernels: what is known of them without a GPU",
+        "# The GPU kernels: machine code and predictions",
         "",
-        "Written by `make gpu-report` (tools/gpu_report.py). **No number on this page was measured on a GPU.** The kernels are",
-        "not yet timed on a GPU. What stands behind them:",
+        "Written by `make gpu-report` (tools/gpu_report.py). **No number on this page was measured on a GPU.** What an H100",
+        "measured is in [performance](performance.md#on-a-gpu); on an RTX 3090 and all others the kernels are not yet timed.",
+        "What stands behind them:",
         "",
         "- The CUDA kernels' own source runs on the CPU in the tests (`csrc/simt`): one fiber per thread, several seeded orders,",
         "  shared memory that starts as NaN, divergent barriers and shuffles reported, all under AddressSanitizer and",
         "  UndefinedBehaviorSanitizer, against the float64 reference. `tests/cuda/test_planted_bugs.py` plants bugs and sees each",
         "  one caught. Not covered by that: memory that becomes visible late, the compiler's code, speed.",
+        "- The same cases run on a GPU where there is one (`pytest -m gpu`): all did on an H100.",
         "- Facts of the machine code, below. A fast path is one whose rows are moved 16 bytes at a time; the tests hold it to 0",
         "  bytes of stack and to 128-bit loads on every architecture.",
         "- Predictions from the bytes an op has to move. They are predictions.",

@@ -102,9 +102,7 @@ def svg(figure: Figure) -> str:
                 fill = COLOURS[panel.worker(r, c) % len(COLOURS)]
                 out.append(f'<rect x="{x}" y="{96 + r * PITCH}" width="{CELL}" height="{CELL}" rx="2" fill="{fill}"/>')
         out += [f'<text x="{left}" y="{foot + 20 + 18 * n}" fill="#333">{t}</text>' for n, t in enumerate(panel.notes)]
-    out.append(
-        f'<text x="20" y="{foot + 66}" fill="#555">Work is drawn, not time: the GPU kernels are not yet timed on a GPU.</text>'
-    )
+    out.append(f'<text x="20" y="{foot + 66}" fill="#555">Work is drawn, not time.</text>')
     return "\n".join([*out, "</svg>", ""])
 
 

@@ -1,9 +1,15 @@
 """What only a GPU can show: every op's kernels on one, on a stream of their own, captured, and bit-equal where asked.
 
-Skipped without one; test_kernels.py and tests/triton run the same kernels on the CPU.
+Skipped without one; test_kernels.py and tests/triton run the same kernels on the CPU, and their cases run here once more, on
+the GPU.
 """
 
 from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import gpu
 import pytest
@@ -132,3 +138,28 @@ def test_on_a_device_that_is_not_the_current_one(op, impl):
     call, leaves = calls("cuda:1")[op]
     for mine, truth in zip(run(call, leaves, impl), run(call, leaves, "reference"), strict=True):
         torch.testing.assert_close(mine, truth, rtol=1e-4, atol=1e-4)
+
+
+TESTS = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(
+    ("folder", "case"), [(f, p.stem) for f in IMPLS for p in sorted((TESTS / f / "cases").glob("case_[lst]*.py"))]
+)
+def test_the_cases_of_the_cpu(folder, case):
+    """cases/<case>.py with its tensors taken to the GPU and back (tests/through_gpu.py)."""
+    if reason := backends.why_not("spmm", folder, DEVICE):
+        pytest.skip(reason)
+    cases = TESTS / folder / "cases"
+    environment = {
+        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(cases), os.environ.get("PYTHONPATH", "")]),
+        "MMKD_SIMT_LIBRARY": "gpu", "MMKD_TRITON_CASES": "gpu", "MMKD_TRITON_FIXED": "1", "TRITON_INTERPRET": "0",
+    }  # fmt: skip
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark", "-o", "python_files=case_*.py",
+            "-o", "python_functions=case_*", *([f"--confcutdir={cases}"] if folder == "cuda" else []), str(cases / f"{case}.py"),
+        ],
+        env={**os.environ, **environment}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]

@@ -47,9 +47,21 @@ def case_topk(dtype, d, schedules):
         assert torch.equal(mine[0].double(), scores)
 
 
-@pytest.mark.parametrize("k", [1, 33, 100, 600], ids=lambda k: f"k={k}")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d", [7, 64])
+def case_long_lists(dtype, d, schedules):
+    """More than 128 entries are kept in order as they come."""
+    u, i = integers(9, d, dtype, 2), integers(170, d, dtype, 2)
+    exclude = exclusions(9, 170)
+    scores, ids = expected(u, i, 130, torch.arange(9), exclude)
+    for mine in schedules(lambda: ops.topk(u, i, 130, exclude=exclude), seeds=(1,)):
+        assert torch.equal(mine[1], ids)
+        assert torch.equal(mine[0].double(), scores)
+
+
+@pytest.mark.parametrize("k", [1, 33, 100, 128, 600], ids=lambda k: f"k={k}")
 def case_any_k_and_several_ranges(k, schedules):
-    """2000 items are cut into ranges; 100 and 600 do not fit in shared memory; 600 is more than there are."""
+    """2000 items are cut into ranges; lists of 600, more than there are, do not fit in shared memory."""
     u, i = integers(3, 8, torch.float32), integers(2000 if k < 600 else 300, 8, torch.float32)
     exclude = exclusions(3, len(i), 11)
     scores, ids = expected(u, i, k, torch.arange(3), exclude)

@@ -196,8 +196,12 @@ def case_gradcheck():
     leaves = [t.requires_grad_() for t in (*tables(torch.float64, 2, 6, 7), torch.randn(5, dtype=torch.float64))]
     for kind in ("bernoulli", "positive"):
         f = bpr(kind, 1.3)
-        assert torch.autograd.gradcheck(lambda u, i, t, f=f: f(u, i, t, "triton"), leaves, fast_mode=True, nondet_tol=1e-12)
+        assert torch.autograd.gradcheck(
+            lambda u, i, t, f=f: f(u, i, t, "triton"), leaves, fast_mode=True, nondet_tol=1e-12
+        )
     leaves[2] = torch.randn(1, 5, 3, dtype=torch.float64, requires_grad=True)
     for weight in ("coupled", "decoupled"):
         f = listed(candidates_of(3), weight=weight)
-        assert torch.autograd.gradcheck(lambda u, i, t, f=f: f(u, i, t, "triton"), leaves, fast_mode=True, nondet_tol=1e-12)
+        assert torch.autograd.gradcheck(
+            lambda u, i, t, f=f: f(u, i, t, "triton"), leaves, fast_mode=True, nondet_tol=1e-12
+        )
