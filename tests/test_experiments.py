@@ -26,6 +26,7 @@ from mmkd.experiments.parallel import side_by_side
 from mmkd.experiments.tables import ablation, significance
 from mmkd.training import RunStopped
 from mmkd.training.checkpoint import load_checkpoint
+from mmkd.training.run_folder import code_fingerprint
 
 DATA = {"path": "synthetic", "options": {"num_users": 80, "num_items": 70, "num_interactions": 1500}}
 
@@ -60,6 +61,19 @@ def test_table5_and_figure5_share_cells_and_are_read_back(study, monkeypatch):
     assert [s.student.init for s in settings] == ["match", "xavier"]
     assert settings[0].student.lr != settings[1].student.lr == settings[1].lightgcn.lr
     assert settings[0].distill == settings[1].distill
+
+
+def test_cells_of_other_code_are_named(study):
+    from mmkd.experiments import figure5
+
+    assert "another version" not in figure5(study).read_text()
+    cell = study.cell()
+    info = json.loads((cell.path / "run.json").read_text())
+    assert info["code"] == code_fingerprint()
+    (cell.path / "run.json").write_text(json.dumps(info | {"code": "0" * 12}))
+    assert f"`{cell.path.name}`" in figure5(study).read_text()
+    (cell.path / "run.json").write_text(json.dumps(info))
+    assert "another version" not in figure5(study).read_text()
 
 
 def test_jobs_side_by_side_leave_the_same_cells(study, tmp_path):

@@ -26,7 +26,9 @@ DYNAMIC_SHARED = {"list_forward_kernel": 4 * 11 * 4, "list_backward_kernel": 4 *
 # What the compiler counts of the system's own shared memory where a kernel has any; `gpu_report.occupancy` adds it for every architecture.
 SYSTEM_SHARED = {"sm_90": 1024}
 _FUNCTION = re.compile(r"_\d+_(\w+)_kernel_cu_[0-9a-f]{8}(\d+)(\w+)")
-_ARGUMENTS = re.compile(r"^I(f|d|i|l|6__half|13__nv_bfloat16)(?:Li(\d+)E)?E")
+_ARGUMENTS = re.compile(r"^I(f|d|i|l|6__half|13__nv_bfloat16)(?:Li(\d+)E)?(?:Lb([01])E)?E")
+# what a kernel's third argument says where it is true
+FLAGS = {"spmm_kernel": "flat", "topk_kernel": "few"}
 
 
 def tool(name: str) -> str | None:
@@ -40,13 +42,15 @@ def tool(name: str) -> str | None:
 
 
 def parse_function(mangled: str) -> dict:
-    """op, kernel and configuration from a mangled name: the kernels are templates over (element type, width)."""
+    """op, kernel and configuration from a mangled name: the kernels are templates over (element type, width, flag)."""
     op, length, rest = _FUNCTION.search(mangled).groups()
     kernel, arguments = rest[: int(length)], _ARGUMENTS.match(rest[int(length) :])
-    element, width = arguments.groups() if arguments else (None, None)
+    element, width, flag = arguments.groups() if arguments else (None, None, None)
     config = ELEMENTS.get(element, "")
     if width:
         config += f" x{width}"
+    if flag == "1":
+        config += f" {FLAGS[kernel]}"
     return {"op": op, "kernel": kernel, "config": config, "fast": bool(width) and int(width) > 1}
 
 

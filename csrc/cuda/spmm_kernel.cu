@@ -59,7 +59,7 @@ __device__ __forceinline__ bool adds(const SpmmArgs& a, int64_t row) {
 // Flat: the entries of a segment's rows follow one another in `col`, so kSteps rows of x are on their way to each group
 // whatever the rows of the matrix are. Else some rows are left out or in another order, and each is taken by itself.
 template <class T, int V, bool Flat>
-__global__ void __launch_bounds__(kBlock) spmm_kernel(SpmmArgs a, int lanes) {
+__global__ void __launch_bounds__(kBlock, 5) spmm_kernel(SpmmArgs a, int lanes) {
   using A = Acc<T>;
   constexpr int kSteps = V == 8 ? 2 : 4;  // as many bytes on their way for any type
   const int64_t s = (static_cast<int64_t>(blockIdx.x) * kBlock + threadIdx.x) / kWarp;
@@ -218,7 +218,7 @@ __device__ __forceinline__ A sum_pieces(const A* partial, int64_t d, int64_t s, 
 }
 
 template <class T>
-__global__ void __launch_bounds__(kCombineBlock, 4) combine_kernel(SpmmArgs a) {
+__global__ void __launch_bounds__(kCombineBlock, 3) combine_kernel(SpmmArgs a) {
   using A = Acc<T>;
   MMKD_SHARED(int64_t, pieces, kCombineWarps);
   MMKD_SHARED(A, sums, kCombineWarps * kWarp);

@@ -16,7 +16,7 @@ from mmkd.config import Config, load_config
 from mmkd.data import Dataset, load_configured
 from mmkd.experiments.parallel import side_by_side
 from mmkd.training import Stop, train
-from mmkd.training.run_folder import RunFolder
+from mmkd.training.run_folder import RunFolder, code_fingerprint
 
 log = logging.getLogger("mmkd")
 
@@ -58,6 +58,7 @@ class Study:
         datasets: by seed, loaded when first asked for. One that is set by hand is not seen by the processes of `jobs`.
         tuned: file of what the search chose.
         stop: what ends the cell at hand.
+        older: names of the cells read so far that another version of the code has trained.
         in_parent: False in one of those processes, which have their share of the threads and no progress bars.
     """
 
@@ -73,6 +74,7 @@ class Study:
         self.config = _quick(config) if quick else config
         self.datasets: dict[int, Dataset] = {}
         self.stop, self.in_parent = Stop(), True
+        self.older: set[str] = set()
 
     def dataset(self, seed: int) -> Dataset:
         """The data as a run with this seed sees it (the split may depend on the seed)."""
@@ -139,12 +141,15 @@ class Study:
             train(own, out=path, resume=started, dataset=self.dataset(seed), stop=self.stop)
             self._share_teacher(folder, shared)
         info = folder.info()
+        if info.get("code") != code_fingerprint():
+            self.older.add(path.name)
         return Cell(path, info["part"], info["results"], info["seconds"], info["parameters"])
 
     def _shared_teacher(self, config: Config) -> Path:
         content = config.model_dump(mode="json")
         key = {name: content[name] for name in TEACHER_SETTINGS}
         key["prompt"].pop("lr")  # of the student's stage
+        key["code"] = code_fingerprint()
         return self.out / "teachers" / f"{_digest(key)}.safetensors"
 
     def _share_teacher(self, folder: RunFolder, shared: Path) -> None:

@@ -57,12 +57,22 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def write(study: Study, name: str, title: str, body: str, records: list[dict[str, Any]], figure=None) -> Path:
-    """`<name>.md`, `<name>.csv` and, where there is a figure, `<name>.png`. Returns the markdown file."""
+    """`<name>.md`, `<name>.csv` and, where there is a figure, `<name>.png`. Returns the markdown file.
+
+    Cells of other code than this are named in it; the next page starts its own list.
+    """
     v = versions()
     text = [f"# {title}", "", body, ""]
     if figure is not None:
         write_atomic(study.out / f"{name}.png", lambda temporary: figure.savefig(temporary, dpi=120))
         text += [f"![{title}]({name}.png)", ""]
+    if study.older:
+        names = ", ".join(f"`{cell}`" for cell in sorted(study.older))
+        text += [
+            f"Trained by another version of this code, and again where their folders in `cells` are removed: {names}.",
+            "",
+        ]
+        study.older.clear()
     text += ["## What differs from the paper", "", *differences(study), ""]
     text += [f"mmkd {v['mmkd']}, torch {v['torch']}, {v['platform']}, {v['threads']} threads, {v['started']}.", ""]
     buffer = io.StringIO()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import platform
 import time
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from mmkd.data import Dataset, load_configured
 from mmkd.files import append_line, make_folder, sweep, write_atomic, write_json, write_text
 from mmkd.training.loggers import Logger, Loggers
 
+# Parts of the package that change no number of a run.
+NOT_TRAINING = ("cli", "experiments", "kernels", "serving")
 # Settings that may differ between a run and its resumption without changing a single number.
 FREE_SETTINGS = ("progress", "threads", "device", "log", "profile", "teacher.feature_memory")
 
@@ -33,7 +37,7 @@ class RunError(ValueError):
 class RunFolder:
     """Paths and writers of one run folder.
 
-    Files: `config.yaml` (every setting, resolved), `run.json` (versions, seed, data fingerprint, results),
+    Files: `config.yaml` (every setting, resolved), `run.json` (versions, fingerprints of code and data, seed, results),
     `metrics.jsonl` (one line per look at validation), `checkpoints/<stage>.safetensors`, `student.safetensors`,
     `teacher.safetensors`, `ids.npz`, `seen.npz`, `curves.png`, `summary.md`.
     """
@@ -191,6 +195,17 @@ class RunFolder:
         write_atomic(self.path / "seen.npz", lambda temporary: sp.save_npz(temporary, seen))
 
 
+@cache
+def code_fingerprint() -> str:
+    """12 hex digits of the Python that decides what a run computes: all of the package but what only shows or serves."""
+    package, digest = Path(__file__).parents[1], hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        place = path.relative_to(package)
+        if place.parts[0] not in NOT_TRAINING:
+            digest.update(f"{place.as_posix()}\n{path.read_text(encoding='utf-8')}\n".encode())
+    return digest.hexdigest()[:12]
+
+
 def versions() -> dict[str, Any]:
     """What produced the run."""
     import scipy
@@ -199,6 +214,7 @@ def versions() -> dict[str, Any]:
 
     return {
         "mmkd": mmkd.__version__,
+        "code": code_fingerprint(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,

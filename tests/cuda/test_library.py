@@ -114,5 +114,10 @@ def test_mangled_names_are_read():
     assert gpu_report_cuda.parse_function(name) == {
         "op": "bpr_kd", "kernel": "bpr_backward_kernel", "config": "float16 x8", "fast": True,
     }  # fmt: skip
+    flat = name.replace("6bpr_kd_kernel", "4spmm_kernel").replace(
+        "19bpr_backward_kernelI6__halfLi8EE", "11spmm_kernelI6__halfLi8ELb1EE"
+    )
+    assert gpu_report_cuda.parse_function(flat)["config"] == "float16 x8 flat"
+    assert gpu_report_cuda.parse_function(flat.replace("Lb1E", "Lb0E"))["config"] == "float16 x8"
     name = "_ZN4mmkd4cuda47_GLOBAL__N__9555fbd2_14_spmm_kernel_cu_ea55aad011plan_kernelENS0_3CsrElPl"
     assert gpu_report_cuda.parse_function(name)["config"] == ""
