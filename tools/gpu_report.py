@@ -245,6 +245,7 @@ def page(cuda: list[dict] | None, triton: list[dict] | None) -> str:
         "theoretical: what registers, threads and shared memory allow (K = 11 candidates, k = 20). Triton: d = 64, K = 11, all four",
         "table types with every configuration, and with the fixed configuration: optional inputs left out (lines that look like",
         "another), and the sizes before a colon. `d=65` stands for all odd sizes and more than 2^31 entries: its loads are narrow.",
+        "`flat`: spmm over all rows in order, else over some or in another order. `few`: topk of at most 128, else of more.",
         "The tests compile all of Triton's lines again in every run and hold them to no spill and no stack.",
         *spilling(triton or []),
         "",
