@@ -20,9 +20,12 @@ ELEMENTS = {
     "i": "int32",
     "l": "int64",
 }
-# Threads of a block, and dynamic shared memory at the paper's sizes (K = 11, k = 20).
-BLOCK = {"topk_kernel": 256}
-DYNAMIC_SHARED = {"list_forward_kernel": 4 * 11 * 4, "list_backward_kernel": 4 * 11 * 4, "topk_kernel": 64 * 20 * 8}
+# Threads of a block, and dynamic shared memory at the paper's sizes (K = 11, k = 20), of a kernel or of one with a flag.
+BLOCK = {"topk_kernel": 256, "combine_kernel": 256}
+DYNAMIC_SHARED = {
+    "list_forward_kernel": 4 * 11 * 4, "list_backward_kernel": 4 * 11 * 4,
+    "topk_kernel few": 64 * (20 + 32) * 8, "topk_kernel float64 x1": 64 * 20 * 12,
+}  # fmt: skip
 # What the compiler counts of the system's own shared memory where a kernel has any; `gpu_report.occupancy` adds it for every architecture.
 SYSTEM_SHARED = {"sm_90": 1024}
 _FUNCTION = re.compile(r"_\d+_(\w+)_kernel_cu_[0-9a-f]{8}(\d+)(\w+)")
@@ -109,7 +112,9 @@ def rows(library: Path = LIBRARY) -> list[dict]:
     for (arch, function), facts in resources.items():
         name = parse_function(function)
         code = instructions[arch, function]
-        facts["shared_bytes"] += DYNAMIC_SHARED.get(name["kernel"], 0)
+        flag = next((f" {flag}" for flag in FLAGS.values() if name["config"].endswith(flag)), "")
+        keys = (name["kernel"], name["kernel"] + flag, f"{name['kernel']} {name['config']}")
+        facts["shared_bytes"] += next((DYNAMIC_SHARED[key] for key in keys if key in DYNAMIC_SHARED), 0)
         out.append(
             {
                 **name,
