@@ -45,7 +45,9 @@ def _on_gpu(m: dict, rows: list[dict]) -> str:
         ours = f"{1e3 * alone['ours']:.0f}" if "ours" in alone else ""
         for name, ms in row["rivals"].items():
             called = "absent" if ms is None else f"{ms:.2f} ({row['ratios'][name]:.1f}x)"
-            kernels = f"{1e3 * alone[name]:.0f} ({alone[name] / alone['ours']:.1f}x)" if name in alone else ""
+            kernels = f"{1e3 * alone[name]:.0f}" if name in alone else ""
+            if kernels and ours:
+                kernels += f" ({alone[name] / alone['ours']:.1f}x)"
             lines.append(
                 f"| {row['op']} | {row['case']} | {row['ours_ms']:.2f} | {ours} | {name} | {called} | {kernels} |"
             )

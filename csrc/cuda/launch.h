@@ -11,15 +11,16 @@ namespace mmkd::cuda {
 // The most blocks of a kernel whose threads step through the work by the size of the grid.
 constexpr int64_t kMaxBlocks = 1024;
 
-// Dynamic shared memory that needs no asking for, beside a kernel's static arrays (48 KB together).
-constexpr int64_t kUnaskedShared = 30 * 1024;
-
 struct Grid {
   int64_t x;           // blocks; 0: nothing is launched
   int block;           // threads of a block
   void* stream;        // cudaStream_t
   int64_t shared = 0;  // dynamic shared memory in bytes
   int64_t y = 1;
+  // The most dynamic shared memory the kernel is ever launched with, where that must be asked for (with the static
+  // arrays beyond 48 KB). The same in every launch: what is asked for belongs to the kernel, and other threads launch
+  // it too.
+  int64_t most_shared = 0;
 };
 
 inline void check_grid(const Grid& g, const char* name) {
@@ -34,12 +35,13 @@ template <class... P, class... A>
 void launch(const char* name, void (*kernel)(P...), const Grid& g, A&&... args) {
   if (g.x == 0) return;
   check_grid(g, name);
-  if (g.shared > kUnaskedShared) {
+  if (g.most_shared > 0) {
     const cudaError_t granted =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(g.shared));
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(g.most_shared));
     if (granted != cudaSuccess) {
+      cudaGetLastError();  // said here, and not once more by whoever asks next
       throw std::runtime_error(
-          std::string("mmkd: ") + name + " needs " + std::to_string(g.shared) +
+          std::string("mmkd: ") + name + " needs " + std::to_string(g.most_shared) +
           " bytes of shared memory a block, more than this GPU has: " + cudaGetErrorString(granted));
     }
   }

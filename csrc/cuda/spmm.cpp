@@ -10,7 +10,8 @@ namespace {
 // Entries and rows in a piece of the plan: long enough to pay for itself, short enough to fill the device.
 constexpr int64_t kPiece = 128;
 
-Csr csr_of(const Tensor& rowptr, const Tensor& col, int64_t num_cols) {
+// name: the argument that has num_cols rows.
+Csr csr_of(const Tensor& rowptr, const Tensor& col, int64_t num_cols, const char* name = "x") {
   check_index(rowptr, "rowptr");
   check_dim(col, "col", 1);
   check_dense(col, "col");
@@ -19,7 +20,7 @@ Csr csr_of(const Tensor& rowptr, const Tensor& col, int64_t num_cols) {
              torch::headeronly::toString(col.scalar_type()));
   MMKD_CHECK(rowptr.numel() >= 1, "rowptr: expected num_rows + 1 entries, got none");
   const int64_t rows = rowptr.numel() - 1;
-  MMKD_CHECK(num_cols <= INT32_MAX, "x: expected at most 2^31 - 1 rows, got ", num_cols);
+  MMKD_CHECK(num_cols <= INT32_MAX, name, ": expected at most 2^31 - 1 rows, got ", num_cols);
   MMKD_CHECK(rows > 0 || col.numel() == 0, "col: expected no entries, as rowptr has no rows, got ", col.numel());
   return {data<int64_t>(rowptr),
           col.const_data_ptr(),
@@ -134,7 +135,7 @@ Tensor sddmm_op(Tensor rowptr, Tensor col, Tensor a, Tensor b, OptTensor row_sca
   check_table(b, "b");
   check_type(b, "b", a.scalar_type());
   const Device device(a);
-  const Csr m = csr_of(rowptr, col, b.size(0));
+  const Csr m = csr_of(rowptr, col, b.size(0), "b");
   check_size(a, "a", 0, m.n);
   check_size(b, "b", 1, a.size(1));
   const ScalarType acc = accumulate_type(a.scalar_type());
@@ -157,7 +158,7 @@ Tensor sddmm_op(Tensor rowptr, Tensor col, Tensor a, Tensor b, OptTensor row_sca
 
 std::tuple<Tensor, Tensor, Tensor> csr_transpose(Tensor rowptr, Tensor col, int64_t num_cols) {
   const Device device(rowptr);
-  const Csr m = csr_of(rowptr, col, num_cols);
+  const Csr m = csr_of(rowptr, col, num_cols, "num_cols");
   MMKD_CHECK(num_cols >= 0, "num_cols: expected >= 0, got ", num_cols);
   MMKD_CHECK(m.col64 || m.num_rows <= INT32_MAX, "col: int32 cannot hold the ", m.num_rows, " row ids; pass int64");
   const auto [sorted, perm] = sort(col);
@@ -199,7 +200,7 @@ Tensor propagate(Tensor rowptr, Tensor col, Tensor scale, Tensor x, int64_t num_
     a.alpha = last ? 1.0 / static_cast<double>(num_layers + 1) : 1.0;
     a.compact = restricted;
     Tensor needed = rowptr;
-    if (rows && l == num_layers - 1) {  // the other rows of `out` stay unwritten and unread
+    if (rows && l == num_layers - 1) {  // the other rows of `out` stay unwritten, and count for nothing
       Csr asked = m;
       asked.rows = data<int64_t>(*rows);
       asked.n = rows->numel();

@@ -74,6 +74,10 @@ __global__ void __launch_bounds__(kBlock, 5) spmm_kernel(SpmmArgs a, int lanes) 
   const int64_t first_i = a.cut[2 * s], first_j = a.cut[2 * s + 1];
   const int end_i = static_cast<int>(a.cut[2 * s + 2] - first_i);
   const int end_j = static_cast<int>(checked(a.cut[2 * s + 3] - first_j, INT32_MAX));
+  if (Flat) {  // before an entry is read: the ends of rows are checked 32 at a time
+    checked(first_j, a.m.nnz + 1);
+    checked(first_j + end_j, a.m.nnz + 1);
+  }
   bool begun = first_j > a.m.offsets[first_i];  // by an earlier segment
   if (end_i == 0 && end_j == 0 && !begun) return;
 

@@ -36,7 +36,7 @@ struct SpmmArgs {
   const void* col_scale;    // [num_cols] accumulator type, or null
   const void* add;          // [num_rows, d] or null
   const uint8_t* add_mask;  // [num_rows] 0 where `add` counts as zero; null: all count
-  const uint8_t* active;    // [num_cols] 0 where x's row counts as zero and is not read; null: all are read
+  const uint8_t* active;    // [num_cols] 0 where x's row counts as zero, whatever it holds; null: none does
   const uint8_t* needed;    // [num_rows] 0 for rows that are left unwritten; null: all are written
   void* partial;            // [segments, 2, d] accumulator type, scratch for the rows that were cut
   void* out;

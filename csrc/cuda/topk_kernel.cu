@@ -442,7 +442,7 @@ void topk(const TopkArgs& a, void* stream) {
   const int64_t list_bytes = kUsers * a.k * (a.dtype == DType::f64 ? 12 : 8);
   const bool few = a.k <= kFew && a.dtype != DType::f64, on_chip = list_bytes <= kListBytes;
   const int64_t shared = few ? kUsers * (a.k + kWarp) * 8 : on_chip ? list_bytes : 0;
-  const Grid grid{ceil_div(a.n, kUsers), kBlock, stream, shared, a.splits};
+  const Grid grid{ceil_div(a.n, kUsers), kBlock, stream, shared, a.splits, few ? kUsers * (kFew + kWarp) * 8 : 0};
   dispatch(a.dtype, a.wide, [&](auto tag) {
     using T = typename decltype(tag)::T;
     constexpr int V = decltype(tag)::V;

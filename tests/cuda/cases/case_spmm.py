@@ -188,6 +188,10 @@ def case_out_of_range_stops_the_kernel():
         ops.spmm(rowptr + (torch.arange(6) > 3) * 9, col, torch.randn(6, 64))
     with pytest.raises(RuntimeError, match="a check in the kernel failed"):
         ops.spmm(rowptr, col, torch.randn(3, 64))
+    late = torch.arange(42)
+    late[-1] = 90  # the end of a row beyond the first 32, which are looked at together
+    with pytest.raises(RuntimeError, match="a check in the kernel failed"):
+        simt.ops.spmm(late, torch.zeros(40, dtype=torch.int64), torch.randn(3, 4), *[None] * 7)
     g = graph()
     with pytest.raises(RuntimeError, match="a check in the kernel failed"):
         ops.propagate(g, torch.randn(g.num_nodes, 8), 1, torch.tensor([g.num_nodes]))
