@@ -13,7 +13,10 @@ from mmkd.models.teacher import Teacher, row_normalize
 
 def _sparse(rows: Tensor, cols: Tensor, values: Tensor, shape: tuple[int, int], layout: str) -> Tensor:
     matrix = torch.sparse_coo_tensor(torch.stack([rows, cols]), values, shape).coalesce()
-    return matrix if layout == "coo" else matrix.to_sparse_csr()
+    if layout == "coo":
+        return matrix
+    csr = matrix.to_sparse_csr()  # 64-bit indices; MKL is faster with 32-bit ones
+    return torch.sparse_csr_tensor(csr.crow_indices().int(), csr.col_indices().int(), csr.values(), shape)
 
 
 class EagerGraph:
