@@ -243,8 +243,8 @@ __global__ void __launch_bounds__(kCombineBlock, 3) combine_kernel(SpmmArgs a) {
     const int64_t start = a.m.offsets[i];
     const bool begins_here = a.cut[2 * s] < i || a.cut[2 * s + 1] == start;
     if (a.cut[2 * s + 3] <= start || !begins_here || (a.needed && !a.needed[row_of(a.m, i)])) return 0;
-    return (a.m.offsets[i + 1] + i) / segment_size(a.m, a.segments) -
-           s;  // to the last segment that begins inside the row
+    const int64_t last = (a.m.offsets[i + 1] + i) / segment_size(a.m, a.segments);  // that begins inside the row
+    return last - s;
   };
   const int64_t s = first + warp, n = further(s);
   if (lane == 0) pieces[warp] = n > kAlone ? n : 0;

@@ -5,6 +5,7 @@ import torch
 from common import compare, each_alone, gradients
 
 from mmkd import ops
+from mmkd.kernels import launch
 from mmkd.kernels import list_kd as list_kernels
 from tests.ops.grid import DIMS, DTYPES
 from tests.ops.losses import tables
@@ -192,16 +193,16 @@ def case_views_and_expanded_inputs():
 
 
 def case_gradcheck():
-    """Atomics of a GPU add in an order of their own."""
+    loose = 0.0 if launch.INTERPRETED else 1e-12  # a GPU's atomics add in an order of their own
     leaves = [t.requires_grad_() for t in (*tables(torch.float64, 2, 6, 7), torch.randn(5, dtype=torch.float64))]
     for kind in ("bernoulli", "positive"):
         f = bpr(kind, 1.3)
         assert torch.autograd.gradcheck(
-            lambda u, i, t, f=f: f(u, i, t, "triton"), leaves, fast_mode=True, nondet_tol=1e-12
+            lambda u, i, t, f=f: f(u, i, t, "triton"), leaves, fast_mode=True, nondet_tol=loose
         )
     leaves[2] = torch.randn(1, 5, 3, dtype=torch.float64, requires_grad=True)
     for weight in ("coupled", "decoupled"):
         f = listed(candidates_of(3), weight=weight)
         assert torch.autograd.gradcheck(
-            lambda u, i, t, f=f: f(u, i, t, "triton"), leaves, fast_mode=True, nondet_tol=1e-12
+            lambda u, i, t, f=f: f(u, i, t, "triton"), leaves, fast_mode=True, nondet_tol=loose
         )
