@@ -6,23 +6,27 @@ namespace mmkd {
 namespace MMKD_ISA {
 namespace {
 
-constexpr int kAhead = 16;    // non-zeros between a prefetch and its use
-constexpr int kBlock = 1024;  // non-zeros gathered at a time where columns are mapped,
-constexpr int kRows = 64;     // and rows
+constexpr int kNear = 16;                        // non-zeros between a prefetch into the first-level cache and its use,
+constexpr int kFar = 48;                         // and into the second, where rows come from further away
+constexpr int kBlock = 1024;                     // non-zeros checked, or copied, at a time
+constexpr int kRows = 64;                        // rows copied at a time
+constexpr int64_t kFarBytes = int64_t{4} << 20;  // rows are prefetched twice if they lie in more than this
 
+// Non-zeros that lie one after another: those of a CSR matrix, or of rows that were copied into a buffer.
 template <class T, class I>
-struct Row {
+struct Entries {
   const I* col;
   const Acc<T>* value;      // null: ones
   const Acc<T>* col_scale;  // null: ones
-  int64_t n;                // non-zeros
-  int64_t ahead;            // non-zeros that may be looked at behind `col`, for prefetching
+  int64_t n;                // that may be looked at for prefetching; their columns need not be checked yet
 };
 
-template <class T, class I>
-MMKD_INLINE Acc<T> weight_of(const Row<T, I>& row, int64_t j, bool has_value, bool has_scale) {
-  Acc<T> w = has_value ? row.value[j] : Acc<T>(1);
-  if (has_scale) w *= row.col_scale[row.col[j]];
+enum Weights { kNone = 0, kValue = 1, kScale = 2, kBoth = 3 };
+
+template <Weights kWeights, class T, class I>
+MMKD_INLINE Acc<T> weight_of(const Entries<T, I>& e, int64_t j) {
+  Acc<T> w = kWeights & kValue ? e.value[j] : Acc<T>(1);
+  if constexpr ((kWeights & kScale) != 0) w *= e.col_scale[e.col[j]];
   return w;
 }
 
@@ -50,22 +54,26 @@ struct Two<bf16_t> {  // a bfloat16 is the upper half of a float: a shift and a 
 };
 #endif
 
-// acc[0..NV) = sum_j w_j * x[col_j][c0 ...]; the accumulators stay in registers.
-template <int NV, class T, class I>
-MMKD_INLINE void gather(const Row<T, I>& row, const T* x, int64_t d, bool has_value, bool has_scale,
-                        typename Vec<T>::V* acc) {
-  using W = Vec<T>;
-  typename W::V s[NV];
-#pragma GCC unroll 16
-  for (int v = 0; v < NV; ++v) s[v] = typename W::V{};
-  for (int64_t j = 0; j < row.n; ++j) {
-    if (j + kAhead < row.ahead) {
-      const char* next = reinterpret_cast<const char*>(x + static_cast<int64_t>(row.col[j + kAhead]) * d);
+// kLevel 3: into the first-level cache, 2: into the second.
+template <int kBytes, int kLevel>
+MMKD_INLINE void prefetch_bytes(const void* p) {
 #pragma GCC unroll 8
-      for (unsigned b = 0; b < NV * W::size * sizeof(T); b += 64) __builtin_prefetch(next + b);
+  for (int b = 0; b < kBytes; b += 64) __builtin_prefetch(static_cast<const char*>(p) + b, 0, kLevel);
+}
+
+// s += sum_j w_j * x[col_j] over the entries [from, to), NV vectors wide; s stays in registers.
+template <int NV, Weights kWeights, bool kFarToo, class T, class I>
+MMKD_INLINE void gather(const Entries<T, I>& e, int64_t from, int64_t to, const T* x, int64_t d,
+                        typename Vec<T>::V* s) {
+  using W = Vec<T>;
+  constexpr int kBytes = NV * W::size * static_cast<int>(sizeof(T));
+  for (int64_t j = from; j < to; ++j) {
+    if (j + (kFarToo ? kFar : kNear) < e.n) {
+      prefetch_bytes<kBytes, 3>(x + static_cast<int64_t>(e.col[j + kNear]) * d);
+      if constexpr (kFarToo) prefetch_bytes<kBytes, 2>(x + static_cast<int64_t>(e.col[j + kFar]) * d);
     }
-    const T* p = x + static_cast<int64_t>(row.col[j]) * d;
-    const Acc<T> w = weight_of(row, j, has_value, has_scale);
+    const T* p = x + static_cast<int64_t>(e.col[j]) * d;
+    const Acc<T> w = weight_of<kWeights>(e, j);
     if constexpr (Two<T>::split && NV % 2 == 0) {
 #pragma GCC unroll 8
       for (int v = 0; v < NV; v += 2) {
@@ -79,251 +87,390 @@ MMKD_INLINE void gather(const Row<T, I>& row, const T* x, int64_t d, bool has_va
       for (int v = 0; v < NV; ++v) s[v] += w * W::load(p + v * W::size);
     }
   }
+}
+
+// A row of the result, out = alpha * (add + scale * sum of its entries [from, to)).
+template <class T>
+struct RowOut {
+  int64_t from, to;
+  const T* add;  // null: nothing
+  Acc<T> scale;
+  T* out;
+};
+
+template <int NV, class T>
+MMKD_INLINE void finish(const RowOut<T>& row, typename Vec<T>::V* s, int64_t c0, Acc<T> alpha, bool stream) {
+  using W = Vec<T>;
   if constexpr (Two<T>::split && NV % 2 == 0) {
 #pragma GCC unroll 8
     for (int v = 0; v < NV; v += 2) Two<T>::in_order(s[v], s[v + 1]);
   }
 #pragma GCC unroll 16
-  for (int v = 0; v < NV; ++v) acc[v] = s[v];
+  for (int v = 0; v < NV; ++v) {
+    typename W::V r = s[v] * row.scale;
+    if (row.add) r += W::load(row.add + c0 + v * W::size);
+    if (stream) {
+      store_past_caches(row.out + c0 + v * W::size, r * alpha);
+    } else {
+      W::store(row.out + c0 + v * W::size, r * alpha);
+    }
+  }
 }
 
-// Picks the loop without the loads it does not need.
-template <int NV, class T, class I>
-MMKD_INLINE void gather_any(const Row<T, I>& row, const T* x, int64_t d, typename Vec<T>::V* acc) {
-  if (row.value && row.col_scale) {
-    gather<NV>(row, x, d, true, true, acc);
-  } else if (row.value) {
-    gather<NV>(row, x, d, true, false, acc);
-  } else if (row.col_scale) {
-    gather<NV>(row, x, d, false, true, acc);
-  } else {
-    gather<NV>(row, x, d, false, false, acc);
-  }
+// Calls f.strip<NV>(c0) for strips of NV vectors of columns until all d >= the width of a vector are done: wide ones,
+// then narrower ones; a last odd piece is one vector that overlaps what is already written.
+template <class T, class F>
+MMKD_INLINE void in_strips(int64_t d, const F& f) {
+  constexpr int64_t w = Vec<T>::size;
+  int64_t c = 0;
+  for (; c + 8 * w <= d; c += 8 * w) f.template strip<8>(c);
+  if (c + 4 * w <= d) f.template strip<4>(c), c += 4 * w;
+  if (c + 2 * w <= d) f.template strip<2>(c), c += 2 * w;
+  if (c + w <= d) f.template strip<1>(c), c += w;
+  if (c < d) f.template strip<1>(d - w);
 }
 
 template <class T>
-struct Finish {
-  const T* add;  // null: nothing
-  Acc<T> scale, alpha;
-  T* out;
+struct Table {
+  const T* x;
+  int64_t d;
+  Acc<T> alpha;
   bool stream;
 };
 
-// A full pass over the row's non-zeros for NV vectors of columns from c0 on.
-template <int NV, class T, class I>
-void columns(const Row<T, I>& row, const T* x, int64_t d, int64_t c0, const Finish<T> f) {
-  using W = Vec<T>;
-  typename W::V acc[NV];
-  gather_any<NV>(row, x + c0, d, acc);
-  const Acc<T> scale = f.scale, alpha = f.alpha;
-  const T* add = f.add;
-#pragma GCC unroll 16
-  for (int v = 0; v < NV; ++v) {
-    typename W::V r = acc[v] * scale;
-    if (add) r += W::load(add + c0 + v * W::size);
-    if (f.stream) {
-      store_past_caches(f.out + c0 + v * W::size, r * alpha);
-    } else {
-      W::store(f.out + c0 + v * W::size, r * alpha);
-    }
-  }
+template <class T>
+MMKD_INLINE void finish_narrow(const Table<T>& t, const RowOut<T>& row, int64_t c, Acc<T> sum) {
+  Acc<T> r = sum * row.scale;
+  if (row.add) r += Element<T>::load(row.add + c);
+  Element<T>::store(row.out + c, r * t.alpha);
 }
 
-template <class T, class I>
-void narrow_row(const Row<T, I>& row, const T* x, int64_t d, const Finish<T>& f) {
-  for (int64_t c = 0; c < d; ++c) {
+// A row of fewer columns than a vector has.
+template <Weights kWeights, class T, class I>
+void narrow_row(const Entries<T, I>& e, const Table<T>& t, const RowOut<T>& row) {
+  for (int64_t c = 0; c < t.d; ++c) {
     Acc<T> s = 0;
-    for (int64_t j = 0; j < row.n; ++j) {
-      s += weight_of(row, j, row.value != nullptr, row.col_scale != nullptr) *
-           Element<T>::load(x + static_cast<int64_t>(row.col[j]) * d + c);
+    for (int64_t j = row.from; j < row.to; ++j) {
+      s += weight_of<kWeights>(e, j) * Element<T>::load(t.x + static_cast<int64_t>(e.col[j]) * t.d + c);
     }
-    Acc<T> r = s * f.scale;
-    if (f.add) r += Element<T>::load(f.add + c);
-    Element<T>::store(f.out + c, r * f.alpha);
+    finish_narrow(t, row, c, s);
   }
 }
 
-// Any d: wide passes, then narrower ones; a last odd piece is one vector that overlaps what is already written.
-template <class T, class I>
-void whole_row(const Row<T, I>& row, const T* x, int64_t d, const Finish<T>& f) {
-  constexpr int64_t w = Vec<T>::size;
-  if (d < w) return narrow_row(row, x, d, f);
-  int64_t c = 0;
-  for (; c + 8 * w <= d; c += 8 * w) columns<8>(row, x, d, c, f);
-  if (c + 4 * w <= d) columns<4>(row, x, d, c, f), c += 4 * w;
-  if (c + 2 * w <= d) columns<2>(row, x, d, c, f), c += 2 * w;
-  if (c + w <= d) columns<1>(row, x, d, c, f), c += w;
-  if (c < d) columns<1>(row, x, d, d - w, f);
+// Rows [begin, end) of the result; row_at(i) is the RowOut of one.
+template <Weights kWeights, bool kFarToo, class T, class I, class RowAt>
+struct Rows {
+  const Entries<T, I> e;
+  const Table<T> t;
+  int64_t begin, end;
+  const RowAt& row_at;
+
+  template <int NV>
+  void strip(int64_t c0) const {
+    const Entries<T, I> entries = e;
+    const Table<T> table = t;
+    const RowAt make = row_at;  // by value: what is behind a reference would be read again for every row
+    for (int64_t i = begin; i < end; ++i) {
+      const RowOut<T> row = make(i);
+      typename Vec<T>::V s[NV] = {};
+      gather<NV, kWeights, kFarToo>(entries, row.from, row.to, table.x + c0, table.d, s);
+      finish<NV>(row, s, c0, table.alpha, table.stream);
+    }
+  }
+
+  void run() const {
+    if (t.d < Vec<T>::size) {
+      for (int64_t i = begin; i < end; ++i) narrow_row<kWeights>(e, t, row_at(i));
+    } else {
+      in_strips<T>(t.d, *this);
+    }
+  }
+};
+
+template <bool kFarToo, class T, class I, class RowAt>
+void rows_weighted(const Entries<T, I>& e, const Table<T>& t, int64_t begin, int64_t end, const RowAt& row_at) {
+  if (e.value && e.col_scale) {
+    Rows<kBoth, kFarToo, T, I, RowAt>{e, t, begin, end, row_at}.run();
+  } else if (e.value) {
+    Rows<kValue, kFarToo, T, I, RowAt>{e, t, begin, end, row_at}.run();
+  } else if (e.col_scale) {
+    Rows<kScale, kFarToo, T, I, RowAt>{e, t, begin, end, row_at}.run();
+  } else {
+    Rows<kNone, kFarToo, T, I, RowAt>{e, t, begin, end, row_at}.run();
+  }
 }
 
+// Whether all columns lie in [0, num_cols), and the first and the last of them: unsigned, so that a negative one is
+// huge.
+template <class I>
+struct Span {
+  using U = decltype(I() + 0u);
+  U first, last;
+};
+template <>
+struct Span<int64_t> {
+  using U = uint64_t;
+  U first, last;
+};
+template <class I>
+MMKD_INLINE Span<I> span_of(const I* col, int64_t n) {
+  using U = typename Span<I>::U;
+  U first = static_cast<U>(-1), last = 0;
+  for (int64_t j = 0; j < n; ++j) {
+    const U c = static_cast<U>(col[j]);
+    first = c < first ? c : first;
+    last = c > last ? c : last;
+  }
+  return {first, last};
+}
 template <class I>
 MMKD_INLINE bool columns_in_range(const I* col, int64_t n, int64_t num_cols) {
-  using U = decltype(I() + 0u);  // unsigned of the same width: negative columns become huge
-  U worst = 0;
-  for (int64_t j = 0; j < n; ++j) worst = static_cast<U>(col[j]) > worst ? static_cast<U>(col[j]) : worst;
-  return n == 0 || static_cast<uint64_t>(worst) < static_cast<uint64_t>(num_cols);
-}
-template <>
-MMKD_INLINE bool columns_in_range<int64_t>(const int64_t* col, int64_t n, int64_t num_cols) {
-  uint64_t worst = 0;
-  for (int64_t j = 0; j < n; ++j) worst = static_cast<uint64_t>(col[j]) > worst ? static_cast<uint64_t>(col[j]) : worst;
-  return n == 0 || worst < static_cast<uint64_t>(num_cols);
+  return n == 0 || static_cast<uint64_t>(span_of(col, n).last) < static_cast<uint64_t>(num_cols);
 }
 
-// Rows whose columns are looked up in `col_map`: the non-zeros that are not skipped are gathered into a buffer for as
-// many rows as fit, so that prefetching sees past the end of a short row.
+// A block of rows [begin, end), end > begin, of about kBlock non-zeros.
+struct Block {
+  int64_t end;
+  int64_t bad;    // the first row whose rowptr or col is out of range, or -1
+  int64_t reach;  // from the first to the last column, rows of x
+};
+
+// The rows' columns lie one after the other, so the good case is two loops without a branch per row.
+template <class I>
+Block next_block(const int64_t* rowptr, const I* col, int64_t begin, int64_t end, int64_t nnz, int64_t num_cols) {
+  int64_t stop = begin, fell = 0;
+  do {
+    fell |= rowptr[stop + 1] - rowptr[stop];
+    ++stop;
+  } while (stop < end && rowptr[stop + 1] - rowptr[begin] <= kBlock);
+  const int64_t lo = rowptr[begin], hi = rowptr[stop];
+  if (fell >= 0 && lo >= 0 && hi <= nnz) {
+    if (hi == lo) return {stop, -1, 0};
+    const Span<I> span = span_of(col + lo, hi - lo);
+    if (static_cast<uint64_t>(span.last) < static_cast<uint64_t>(num_cols))
+      return {stop, -1, static_cast<int64_t>(span.last) - static_cast<int64_t>(span.first)};
+  }
+  int64_t r = begin;
+  while (r < stop && rowptr[r] >= 0 && rowptr[r] <= rowptr[r + 1] && rowptr[r + 1] <= nnz &&
+         columns_in_range(col + rowptr[r], rowptr[r + 1] - rowptr[r], num_cols)) {
+    ++r;
+  }
+  return {stop, r < stop ? r : begin, 0};
+}
+
+// Makes the RowOut of row r, which is the i-th to be computed.
+template <class T>
+struct RowMaker {
+  const T* add;
+  const int32_t* add_map;
+  const Acc<T>* scale;
+  T* out;
+  int64_t d;
+  bool compact;
+
+  explicit RowMaker(const SpmmArgs& a)
+      : add(static_cast<const T*>(a.add)),
+        add_map(a.add_map),
+        scale(static_cast<const Acc<T>*>(a.row_scale)),
+        out(static_cast<T*>(a.out)),
+        d(a.d),
+        compact(a.compact) {}
+
+  MMKD_INLINE RowOut<T> operator()(int64_t i, int64_t r, int64_t from, int64_t to) const {
+    const int64_t extra = add_map ? add_map[r] : r;
+    return {from, to, add && extra >= 0 ? add + extra * d : nullptr, scale ? scale[r] : Acc<T>(1),
+            out + (compact ? i : r) * d};
+  }
+};
+
+// Rows in order: their entries are read where they lie, a block checked at a time, which brings its columns into the
+// first-level cache.
 template <class T, class I>
-struct Mapped {
-  int32_t col[kBlock];
+int64_t all_rows(const SpmmArgs& a, const Table<T>& t, int64_t begin, int64_t end) {
+  const Entries<T, I> e{static_cast<const I*>(a.col), static_cast<const Acc<T>*>(a.value),
+                        static_cast<const Acc<T>*>(a.col_scale), a.nnz};
+  const int64_t far_rows = kFarBytes / (a.d * static_cast<int64_t>(sizeof(T)) + 1);
+  const auto row_at = [make = RowMaker<T>(a), rowptr = a.rowptr](int64_t r) {
+    return make(r, r, rowptr[r], rowptr[r + 1]);
+  };
+  while (begin < end) {
+    const Block block = next_block(a.rowptr, e.col, begin, end, a.nnz, a.num_cols);
+    if (block.bad >= 0) return block.bad;
+    if (block.reach > far_rows) {
+      rows_weighted<true>(e, t, begin, block.end, row_at);
+    } else {
+      rows_weighted<false>(e, t, begin, block.end, row_at);
+    }
+    begin = block.end;
+  }
+  return -1;
+}
+
+// Rows of a list, or whose columns are looked up in `col_map`: their non-zeros, without those that are skipped, are
+// copied into a buffer for as many rows as fit, so that prefetching sees past the end of a row.
+template <class T, class I>
+struct Copied {
+  const SpmmArgs& a;
+  const Table<T>& t;
+  I col[kBlock + kFar];
   Acc<T> w[kBlock];
-  Finish<T> finish[kRows];
-  int64_t end[kRows];  // of the row's part of `col`
+  RowOut<T> row[kRows];
   int64_t rows = 0, n = 0;
 
-  void flush(const T* x, int64_t d) {
-    for (int64_t i = 0, from = 0; i < rows; from = end[i++]) {
-      whole_row(Row<T, int32_t>{col + from, w + from, nullptr, end[i] - from, n - from}, x, d, finish[i]);
+  Copied(const SpmmArgs& args, const Table<T>& table) : a(args), t(table) {}
+
+  Entries<T, I> entries() {
+    for (int64_t j = n; j < n + kFar; ++j) col[j] = 0;  // is looked at
+    return {col, w, nullptr, n + kFar};
+  }
+
+  // Copies entries [from, to) behind those that are there, as many as fit; returns the first that did not, or -1 if a
+  // column is out of range.
+  int64_t copy(int64_t from, int64_t to) {
+    const Entries<T, I> e{static_cast<const I*>(a.col), static_cast<const Acc<T>*>(a.value),
+                          static_cast<const Acc<T>*>(a.col_scale), 0};
+    if (e.value && e.col_scale) return copy_weighted<kBoth>(e, from, to);
+    if (e.value) return copy_weighted<kValue>(e, from, to);
+    if (e.col_scale) return copy_weighted<kScale>(e, from, to);
+    return copy_weighted<kNone>(e, from, to);
+  }
+  template <Weights kWeights>
+  int64_t copy_weighted(const Entries<T, I>& e, int64_t from, int64_t to) {
+    return a.col_map ? copy_some<kWeights, true>(e, from, to) : copy_some<kWeights, false>(e, from, to);
+  }
+  template <Weights kWeights, bool kMapped>
+  int64_t copy_some(const Entries<T, I>& e, int64_t from, int64_t to) {
+    int64_t j = from, k = n;
+    for (; j < to && k < kBlock; ++j) {
+      const I c = e.col[j];
+      if (static_cast<uint64_t>(c) >= static_cast<uint64_t>(a.num_cols)) return -1;
+      const I at = kMapped ? static_cast<I>(a.col_map[c]) : c;
+      col[k] = at;
+      w[k] = weight_of<kWeights>(e, j);
+      k += at >= 0;
     }
+    n = k;
+    return j;
+  }
+
+  void flush() {
+    const auto row_at = [first = row](int64_t i) { return first[i]; };
+    Rows<kValue, true, T, I, decltype(row_at)>{entries(), t, 0, rows, row_at}.run();
     rows = n = 0;
   }
 
-  // False: the row alone has more than the buffer holds.
-  bool add(const SpmmArgs& a, const Row<T, I>& row, const T* x, const Finish<T>& f) {
-    if (rows == kRows || n + row.n > kBlock) flush(x, a.d);
-    const bool fits = row.n <= kBlock;
-    int64_t to = n;
-    for (int64_t j = 0; j < row.n; ++j) {
-      const int32_t at = a.col_map[row.col[j]];
-      if (!fits && to == kBlock) {  // full: only columns that are skipped may follow; what is behind `n` is void
-        if (at >= 0) return false;
-        continue;
+  // A row whose entries do not fit in the buffer: a strip at a time, one buffer full after the other.
+  struct LongRow {
+    Copied& buffer;
+    const RowOut<T>& row;
+
+    // Calls use() for every buffer full of the row's entries.
+    template <class F>
+    void in_blocks(const F& use) const {
+      for (int64_t j = row.from; j < row.to;) {
+        buffer.n = 0;
+        j = buffer.copy(j, row.to);
+        use();
       }
-      col[to] = at;
-      w[to] = weight_of(row, j, row.value != nullptr, row.col_scale != nullptr);
-      to += at >= 0;
+      buffer.n = 0;
     }
-    n = to;
-    finish[rows] = f;
-    end[rows++] = n;
+
+    template <int NV>
+    void strip(int64_t c0) const {
+      typename Vec<T>::V s[NV] = {};
+      in_blocks([&] { gather<NV, kValue, true>(buffer.entries(), 0, buffer.n, buffer.t.x + c0, buffer.t.d, s); });
+      finish<NV>(row, s, c0, buffer.t.alpha, buffer.t.stream);
+    }
+
+    void narrow() const {
+      Acc<T> s[Vec<T>::size] = {};
+      const int64_t d = buffer.t.d;
+      in_blocks([&] {
+        for (int64_t k = 0; k < buffer.n; ++k) {
+          const T* p = buffer.t.x + static_cast<int64_t>(buffer.col[k]) * d;
+          for (int64_t c = 0; c < d; ++c) s[c] += buffer.w[k] * Element<T>::load(p + c);
+        }
+      });
+      for (int64_t c = 0; c < d; ++c) finish_narrow(buffer.t, row, c, s[c]);
+    }
+  };
+
+  bool add_long(const RowOut<T>& next) {
+    if (!columns_in_range(static_cast<const I*>(a.col) + next.from, next.to - next.from, a.num_cols)) return false;
+    const LongRow one{*this, next};
+    if (t.d < Vec<T>::size) {
+      one.narrow();
+    } else {
+      in_strips<T>(t.d, one);
+    }
+    return true;
+  }
+
+  // False: a column is out of range.
+  bool add(RowOut<T> next) {
+    if (rows == kRows) flush();
+    const int64_t before = n;
+    int64_t done = copy(next.from, next.to);
+    if (done >= 0 && done < next.to && rows > 0) {  // full; the row begins the next buffer
+      n = before;
+      flush();
+      done = copy(next.from, next.to);
+    }
+    if (done < 0) return false;
+    if (done < next.to) return add_long(next);
+    next.from = rows > 0 ? row[rows - 1].to : 0;
+    next.to = n;
+    row[rows++] = next;
     return true;
   }
 };
 
-// A row with more non-zeros than the buffer holds, strip by strip.
 template <class T, class I>
-void long_mapped_row(const SpmmArgs& a, const Row<T, I>& row, const T* x, const Finish<T>& f) {
-  constexpr int64_t width = Vec<T>::size;
-  for (int64_t c0 = 0; c0 < a.d; c0 += 8 * width) {
-    const int64_t wide = a.d - c0 < 8 * width ? a.d - c0 : 8 * width;
-    Acc<T> sum[8 * width] = {};
-    for (int64_t k = 0; k < row.n; ++k) {
-      const int32_t at = a.col_map[row.col[k]];
-      if (at < 0) continue;
-      const Acc<T> wk = weight_of(row, k, row.value != nullptr, row.col_scale != nullptr);
-      const T* p = x + at * a.d + c0;
-      int64_t c = 0;
-      for (; c + width <= wide; c += width) {
-        typename Vec<Acc<T>>::V s = Vec<Acc<T>>::load(sum + c) + wk * Vec<T>::load(p + c);
-        Vec<Acc<T>>::store(sum + c, s);
-      }
-      for (; c < wide; ++c) sum[c] += wk * Element<T>::load(p + c);
-    }
-    for (int64_t c = 0; c < wide; ++c) {
-      Acc<T> r = sum[c] * f.scale;
-      if (f.add) r += Element<T>::load(f.add + c0 + c);
-      Element<T>::store(f.out + c0 + c, r * f.alpha);
+int64_t copied_rows(const SpmmArgs& a, const Table<T>& t, int64_t begin, int64_t end) {
+  Copied<T, I> buffer(a, t);
+  const RowMaker<T> make(a);
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t r = a.rows ? a.rows[i] : i;
+    const int64_t lo = a.rowptr[r], hi = a.rowptr[r + 1];
+    if (lo < 0 || hi < lo || hi > a.nnz || !buffer.add(make(i, r, lo, hi))) {
+      buffer.n = buffer.rows > 0 ? buffer.row[buffer.rows - 1].to : 0;
+      buffer.flush();
+      return r;
     }
   }
-}
-
-// The first of the rows [begin, end) whose rowptr or col is out of range, or -1. The rows' columns lie one after the
-// other, so the good case is two long loops without a branch per row.
-template <class I>
-int64_t first_bad_row(const int64_t* rowptr, const I* col, int64_t begin, int64_t end, int64_t nnz, int64_t num_cols) {
-  int64_t fell = 0;
-  for (int64_t r = begin; r < end; ++r) fell |= rowptr[r + 1] - rowptr[r];
-  const bool monotone = fell >= 0 && rowptr[begin] >= 0 && rowptr[end] <= nnz;
-  if (monotone && columns_in_range(col + rowptr[begin], rowptr[end] - rowptr[begin], num_cols)) return -1;
-  for (int64_t r = begin; r < end; ++r) {
-    const int64_t lo = rowptr[r], hi = rowptr[r + 1];
-    if (lo < 0 || hi < lo || hi > nnz || !columns_in_range(col + lo, hi - lo, num_cols)) return r;
-  }
+  buffer.flush();
   return -1;
-}
-
-MMKD_INLINE bool dense_list(const int64_t* rows, int64_t begin, int64_t end) {
-  if (begin >= end || rows[end - 1] - rows[begin] >= 2 * (end - begin)) return false;
-  for (int64_t i = begin + 1; i < end; ++i) {
-    if (rows[i - 1] >= rows[i]) return false;
-  }
-  return true;
-}
-
-// The rows of x that the first non-zeros of row r will read. Nothing of r is checked yet.
-template <class T, class I>
-MMKD_INLINE void prefetch_head(const SpmmArgs& a, int64_t r, const I* col, const T* x) {
-  const int64_t lo = a.rowptr[r], hi = a.rowptr[r + 1];
-  if (lo < 0 || hi > a.nnz) return;
-  for (int64_t j = lo; j < hi && j < lo + kAhead; ++j) prefetch_row(x + static_cast<int64_t>(col[j]) * a.d, a.d);
 }
 
 template <class T, class I>
 int64_t spmm_typed(const SpmmArgs& a, int64_t begin, int64_t end) {
-  const I* col = static_cast<const I*>(a.col);
-  if (!a.rows && begin < end) {
-    const int64_t bad = first_bad_row(a.rowptr, col, begin, end, a.nnz, a.num_cols);
-    if (bad >= 0) return bad;
-  }
-  const T* x = static_cast<const T*>(a.x);
-  const Acc<T>* value = static_cast<const Acc<T>*>(a.value);
-  const Acc<T>* row_scale = static_cast<const Acc<T>*>(a.row_scale);
-  // Of a list that leaves out few rows, what lies between is checked in one go as well.
-  const bool checked =
-      !a.rows || (dense_list(a.rows, begin, end) &&
-                  first_bad_row(a.rowptr, col, a.rows[begin], a.rows[end - 1] + 1, a.nnz, a.num_cols) < 0);
-  Mapped<T, I> mapped;
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t r = a.rows ? a.rows[i] : i;
-    const int64_t lo = a.rowptr[r], hi = a.rowptr[r + 1];
-    if (!checked && (lo < 0 || hi < lo || hi > a.nnz || !columns_in_range(col + lo, hi - lo, a.num_cols))) return r;
-    const int64_t extra = a.add_map ? a.add_map[r] : r;
-    const Finish<T> f{a.add && extra >= 0 ? static_cast<const T*>(a.add) + extra * a.d : nullptr,
-                      row_scale ? row_scale[r] : Acc<T>(1), static_cast<Acc<T>>(a.alpha),
-                      static_cast<T*>(a.out) + (a.compact ? i : r) * a.d, a.stream};
-    // Prefetching may look past this row, into the next one's columns, where rows are taken in order.
-    const bool in_order = !a.rows || (i + 1 < end && a.rows[i + 1] == r + 1);
-    const int64_t ahead = (in_order ? a.nnz : hi) - lo;
-    const Row<T, I> row{col + lo, value ? value + lo : nullptr, static_cast<const Acc<T>*>(a.col_scale), hi - lo,
-                        ahead};
-    if (!a.col_map) {
-      if (!in_order && i + 1 < end) prefetch_head(a, a.rows[i + 1], col, x);
-      whole_row(row, x, a.d, f);
-    } else if (!mapped.add(a, row, x, f)) {
-      long_mapped_row(a, row, x, f);
-    }
-  }
-  mapped.flush(x, a.d);
+  const Table<T> t{static_cast<const T*>(a.x), a.d, static_cast<Acc<T>>(a.alpha), a.stream};
+  const int64_t bad = a.rows || a.col_map ? copied_rows<T, I>(a, t, begin, end) : all_rows<T, I>(a, t, begin, end);
   if (a.stream) finish_streams();
-  return -1;
+  return bad;
+}
+
+template <class T, class I>
+void sddmm_row(const SddmmArgs& a, int64_t r) {
+  const I* col = static_cast<const I*>(a.col);
+  const Acc<T>* row_scale = static_cast<const Acc<T>*>(a.row_scale);
+  const Acc<T>* col_scale = static_cast<const Acc<T>*>(a.col_scale);
+  const T* b = static_cast<const T*>(a.b);
+  for (int64_t j = a.rowptr[r]; j < a.rowptr[r + 1]; ++j) {
+    if (j + kNear < a.nnz) prefetch_row(b + static_cast<int64_t>(col[j + kNear]) * a.d, a.d);
+    Acc<T> s = dot(static_cast<const T*>(a.a) + r * a.d, b + static_cast<int64_t>(col[j]) * a.d, a.d);
+    if (row_scale) s *= row_scale[r];
+    if (col_scale) s *= col_scale[col[j]];
+    static_cast<Acc<T>*>(a.out)[j] = s;
+  }
 }
 
 template <class T, class I>
 int64_t sddmm_typed(const SddmmArgs& a, int64_t begin, int64_t end) {
-  const I* col = static_cast<const I*>(a.col);
-  const Acc<T>* row_scale = static_cast<const Acc<T>*>(a.row_scale);
-  const Acc<T>* col_scale = static_cast<const Acc<T>*>(a.col_scale);
-  if (begin < end) {
-    const int64_t bad = first_bad_row(a.rowptr, col, begin, end, a.nnz, a.num_cols);
-    if (bad >= 0) return bad;
-  }
-  for (int64_t r = begin; r < end; ++r) {
-    for (int64_t j = a.rowptr[r]; j < a.rowptr[r + 1]; ++j) {
-      Acc<T> s = dot(static_cast<const T*>(a.a) + r * a.d,
-                     static_cast<const T*>(a.b) + static_cast<int64_t>(col[j]) * a.d, a.d);
-      if (row_scale) s *= row_scale[r];
-      if (col_scale) s *= col_scale[col[j]];
-      static_cast<Acc<T>*>(a.out)[j] = s;
-    }
+  for (int64_t r = begin; r < end;) {
+    const Block block = next_block(a.rowptr, static_cast<const I*>(a.col), r, end, a.nnz, a.num_cols);
+    if (block.bad >= 0) return block.bad;
+    for (; r < block.end; ++r) sddmm_row<T, I>(a, r);
   }
   return -1;
 }
@@ -358,7 +505,7 @@ void push_typed(const PushArgs& a, int64_t target_begin, int64_t target_end) {
     const A* g = static_cast<const A*>(a.g) + i * a.d;
     const int64_t hi = a.rowptr[r + 1];
     for (int64_t j = first_at_least(col, a.rowptr[r], hi, target_begin); j < hi && col[j] < target_end; ++j) {
-      if (j + 4 < hi) __builtin_prefetch(h + static_cast<int64_t>(col[j + 4]) * a.d, 1);
+      if (j + 12 < hi) prefetch_row(h + static_cast<int64_t>(col[j + 12]) * a.d, a.d);
       axpy(h + static_cast<int64_t>(col[j]) * a.d, g, scale[r] * scale[col[j]], a.d);
     }
     if (r >= target_begin && r < target_end) axpy(h + r * a.d, g, A(1), a.d);
@@ -383,6 +530,17 @@ int64_t spmm(const SpmmArgs& a, int64_t begin, int64_t end){MMKD_BY_TYPE(spmm_ty
 
 int64_t sddmm(const SddmmArgs& a, int64_t begin, int64_t end) {
   MMKD_BY_TYPE(sddmm_typed, a, begin, end)
+}
+
+void zero_rows(char* to, int64_t row_bytes, const uint8_t* active, bool stream, int64_t begin, int64_t end) {
+  for (int64_t r = begin; r < end; ++r) {
+    if (stream && !active[r]) {
+      zero_past_caches(to + r * row_bytes, row_bytes);
+    } else {
+      memset(to + r * row_bytes, 0, row_bytes);
+    }
+  }
+  if (stream) finish_streams();
 }
 
 void push_rows(const PushArgs& a, int64_t target_begin, int64_t target_end) {

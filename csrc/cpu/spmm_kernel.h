@@ -46,6 +46,9 @@ struct SddmmArgs {
 };
 MMKD_KERNEL(int64_t sddmm(const SddmmArgs& a, int64_t begin, int64_t end))
 
+// Zeros in the rows [begin, end) of a table, written past the caches where a row is not `active` and `stream` is set.
+MMKD_KERNEL(void zero_rows(char* to, int64_t row_bytes, const uint8_t* active, bool stream, int64_t begin, int64_t end))
+
 // The first backward layer of row-restricted propagation: gradient rows `g` of the nodes `rows` (sorted, unique) are
 // pushed to their neighbours in [target_begin, target_end). `h` rows of that range that are neighbours must be zero on
 // entry. h[t] += scale[t] * scale[r] * g[i]; then h[r] += g[i].
