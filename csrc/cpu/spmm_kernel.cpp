@@ -54,11 +54,14 @@ struct Two<bf16_t> {  // a bfloat16 is the upper half of a float: a shift and a 
 };
 #endif
 
-// kLevel 3: into the first-level cache, 2: into the second.
-template <int kBytes, int kLevel>
-MMKD_INLINE void prefetch_bytes(const void* p) {
+// The first kBytes of x from row `col` on, into the first-level cache (kLevel 3) or the second (2). The column need not
+// be checked: whatever it is, the address is only looked at.
+template <int kBytes, int kLevel, class T, class I>
+MMKD_INLINE void prefetch_at(const T* x, I col, int64_t d) {
+  const uint64_t offset = static_cast<uint64_t>(col) * static_cast<uint64_t>(d) * sizeof(T);
+  const uintptr_t at = reinterpret_cast<uintptr_t>(x) + offset;
 #pragma GCC unroll 8
-  for (int b = 0; b < kBytes; b += 64) __builtin_prefetch(static_cast<const char*>(p) + b, 0, kLevel);
+  for (int b = 0; b < kBytes; b += 64) __builtin_prefetch(reinterpret_cast<const char*>(at + b), 0, kLevel);
 }
 
 // s += sum_j w_j * x[col_j] over the entries [from, to), NV vectors wide; s stays in registers.
@@ -69,8 +72,8 @@ MMKD_INLINE void gather(const Entries<T, I>& e, int64_t from, int64_t to, const 
   constexpr int kBytes = NV * W::size * static_cast<int>(sizeof(T));
   for (int64_t j = from; j < to; ++j) {
     if (j + (kFarToo ? kFar : kNear) < e.n) {
-      prefetch_bytes<kBytes, 3>(x + static_cast<int64_t>(e.col[j + kNear]) * d);
-      if constexpr (kFarToo) prefetch_bytes<kBytes, 2>(x + static_cast<int64_t>(e.col[j + kFar]) * d);
+      prefetch_at<kBytes, 3>(x, e.col[j + kNear], d);
+      if constexpr (kFarToo) prefetch_at<kBytes, 2>(x, e.col[j + kFar], d);
     }
     const T* p = x + static_cast<int64_t>(e.col[j]) * d;
     const Acc<T> w = weight_of<kWeights>(e, j);
@@ -457,7 +460,7 @@ void sddmm_row(const SddmmArgs& a, int64_t r) {
   const Acc<T>* col_scale = static_cast<const Acc<T>*>(a.col_scale);
   const T* b = static_cast<const T*>(a.b);
   for (int64_t j = a.rowptr[r]; j < a.rowptr[r + 1]; ++j) {
-    if (j + kNear < a.nnz) prefetch_row(b + static_cast<int64_t>(col[j + kNear]) * a.d, a.d);
+    if (j + kNear < a.nnz) prefetch_at<256, 3>(b, col[j + kNear], a.d);
     Acc<T> s = dot(static_cast<const T*>(a.a) + r * a.d, b + static_cast<int64_t>(col[j]) * a.d, a.d);
     if (row_scale) s *= row_scale[r];
     if (col_scale) s *= col_scale[col[j]];
