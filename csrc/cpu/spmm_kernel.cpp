@@ -110,8 +110,10 @@ MMKD_INLINE void finish(const RowOut<T>& row, typename Vec<T>::V* s, int64_t c0,
   }
 #pragma GCC unroll 16
   for (int v = 0; v < NV; ++v) {
-    typename W::V r = s[v] * row.scale;
-    if (row.add) r += W::load(row.add + c0 + v * W::size);
+    // Nothing to add is zero, so that the product has one use and is fused with the sum in every instance of this
+    // function: which of them computes a row depends on blocks and lists, and its bits must not.
+    const typename W::V base = row.add ? W::load(row.add + c0 + v * W::size) : typename W::V{};
+    const typename W::V r = s[v] * row.scale + base;
     if (stream) {
       store_past_caches(row.out + c0 + v * W::size, r * alpha);
     } else {
@@ -143,8 +145,8 @@ struct Table {
 
 template <class T>
 MMKD_INLINE void finish_narrow(const Table<T>& t, const RowOut<T>& row, int64_t c, Acc<T> sum) {
-  Acc<T> r = sum * row.scale;
-  if (row.add) r += Element<T>::load(row.add + c);
+  const Acc<T> base = row.add ? Element<T>::load(row.add + c) : Acc<T>(0);
+  const Acc<T> r = sum * row.scale + base;  // as above
   Element<T>::store(row.out + c, r * t.alpha);
 }
 
