@@ -1,5 +1,6 @@
 // spmm, sddmm, csr_transpose and LightGCN propagation on the CPU (spec section 2).
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "cpu/parallel.h"
@@ -417,38 +418,71 @@ Tensor scatter_rows(const Tensor& grad, const std::vector<int64_t>& rows, int64_
   return out;
 }
 
+// Where gradient rows g come in, and the first layer back.
+struct FromRows {
+  const Graph& g;
+  const Tensor& grad;  // [len(rows), d]
+  const std::vector<int64_t>& rows;
+  std::vector<int32_t> place;  // of a node in rows, -1 for none
+
+  FromRows(const Graph& graph, const Tensor& gradient, const std::vector<int64_t>& nodes)
+      : g(graph), grad(gradient), rows(nodes), place(positions(nodes, graph.m.num_rows)) {}
+
+  // What the layers after the first gather and add.
+  SpmmArgs args() const {
+    SpmmArgs a = args_of(g.m, grad);
+    a.num_cols = g.m.num_rows;
+    a.row_scale = a.col_scale = g.scale;
+    a.add = grad.const_data_ptr();
+    a.add_map = place.data();
+    return a;
+  }
+
+  // g + Â g, [nodes, d]; halved if it is the only layer.
+  Tensor first(bool only) const {
+    const int64_t nodes = g.m.num_rows, count = static_cast<int64_t>(rows.size());
+    Tensor h = empty({nodes, grad.size(1)}, grad);
+    if (gathers(g.m, rows.data(), count)) {
+      SpmmArgs a = args();
+      a.col_map = place.data();
+      a.out = h.mutable_data_ptr();
+      a.alpha = only ? 0.5 : 1.0;
+      run(g.m, a, nodes, !only);
+      return h;
+    }
+    const std::vector<uint8_t> active = neighbourhood(g.m, rows.data(), count, true);
+    push_layer(g, grad, rows, active.data(), h);
+    if (only) scale_by(h, 0.5);
+    return h;
+  }
+
+  // h <- g + Â h.
+  Tensor next(const Tensor& h) const {
+    SpmmArgs a = args();
+    a.x = h.const_data_ptr();
+    Tensor out = empty({g.m.num_rows, grad.size(1)}, grad);
+    a.out = out.mutable_data_ptr();
+    run(g.m, a, g.m.num_rows, true);
+    return out;
+  }
+};
+
 // The gradient of propagate(...)[rows] with respect to x. Â is symmetric, so it is the same Horner form, started from
 // the gradient's own rows: h1 = g + Â g, h <- g + Â h. grad: [len(rows), d]; rows ascending, each once.
 Tensor backward_rows(const Graph& g, const Tensor& grad, int64_t num_layers, const std::vector<int64_t>& rows) {
-  const int64_t nodes = g.m.num_rows, d = grad.size(1), count = static_cast<int64_t>(rows.size());
+  const int64_t nodes = g.m.num_rows;
   if (num_layers == 0) return scatter_rows(grad, rows, nodes);
-  const std::vector<int32_t> place = positions(rows, nodes);
-  SpmmArgs a = args_of(g.m, grad);
-  a.num_cols = nodes;
-  a.row_scale = a.col_scale = g.scale;
-  a.add = grad.const_data_ptr();
-  a.add_map = place.data();
-  Tensor h = empty({nodes, d}, grad);
-  if (gathers(g.m, rows.data(), count)) {
-    a.col_map = place.data();
-    a.out = h.mutable_data_ptr();
-    a.alpha = num_layers == 1 ? 0.5 : 1.0;
-    run(g.m, a, nodes, num_layers > 1);
-    a.col_map = nullptr;
-  } else {
-    const std::vector<uint8_t> active = neighbourhood(g.m, rows.data(), count, true);
-    push_layer(g, grad, rows, active.data(), h);
-    if (num_layers == 1) scale_by(h, 0.5);
-  }
-  for (int64_t l = 2; l <= num_layers; ++l) {
-    a.x = h.const_data_ptr();
-    a.alpha = l == num_layers ? 1.0 / static_cast<double>(num_layers + 1) : 1.0;
-    Tensor out = empty({nodes, d}, grad);
-    a.out = out.mutable_data_ptr();
-    run(g.m, a, nodes, l < num_layers);
-    h = out;
-  }
-  return h;
+  const FromRows from(g, grad, rows);
+  Tensor h = from.first(num_layers == 1);
+  if (num_layers == 1) return h;
+  for (int64_t l = 2; l < num_layers; ++l) h = from.next(h);
+  SpmmArgs a = from.args();
+  a.x = h.const_data_ptr();
+  a.alpha = 1.0 / static_cast<double>(num_layers + 1);
+  Tensor out = empty({nodes, grad.size(1)}, grad);
+  a.out = out.mutable_data_ptr();
+  run(g.m, a, nodes);
+  return out;
 }
 
 bool ascending(const int64_t* rows, int64_t n) {
@@ -484,6 +518,63 @@ Tensor propagate_backward(Tensor rowptr, Tensor col, Tensor scale, Tensor grad, 
   return type == acc ? out : torch::stable::to(out, type);
 }
 
+void* stepped(const Tensor& t, const char* name, const Tensor& like, int64_t num_nodes) {
+  check_table(t, name);
+  check_type(t, name, like.scalar_type());
+  check_size(t, name, 0, num_nodes);
+  check_size(t, name, 1, like.size(1));
+  return const_cast<void*>(t.const_data_ptr());
+}
+
+void dense_step(const Tensor& grad, const AdamwArgs& step, const int32_t* place) {
+  for_range(grad.size(0), 256, [&](int64_t begin, int64_t end) {
+    MMKD_ON_ISA(adamw_rows(step, dtype_of(grad), grad.const_data_ptr(), place, grad.size(1), begin, end));
+  });
+}
+
+// A step of AdamW on x with the gradient of propagate(...)[rows]: the last layer back is not written anywhere, each of
+// its rows goes into the step of its row of weights.
+void propagate_adamw(Tensor rowptr, Tensor col, Tensor scale, Tensor grad, int64_t num_layers, Tensor rows,
+                     OptTensor l2, Tensor weight, Tensor exp_avg, Tensor exp_avg_sq, double lr, double beta1,
+                     double beta2, double eps, double weight_decay, int64_t step) {
+  check_table(grad, "grad");
+  const ScalarType type = grad.scalar_type();
+  MMKD_CHECK(type == ScalarType::Float || type == ScalarType::Double, "grad: expected float32 or float64, got ",
+             torch::headeronly::toString(type));
+  const Graph g = graph_of(rowptr, col, scale, type);
+  const int64_t nodes = g.m.num_rows, n = rows.numel();
+  MMKD_CHECK(nodes <= INT32_MAX, "rowptr: expected up to 2^31 - 1 nodes, got ", nodes);
+  MMKD_CHECK(num_layers >= 0, "num_layers: expected >= 0, got ", num_layers);
+  MMKD_CHECK(step >= 1, "step: expected >= 1, got ", step);
+  const int64_t* r = rows_of(rows, nodes);
+  check_size(grad, "grad", 0, n);
+  MMKD_CHECK(ascending(r, n), "rows: expected node ids in ascending order, each once");
+  AdamwArgs adamw{stepped(weight, "weight", grad, nodes),
+                  stepped(exp_avg, "exp_avg", grad, nodes),
+                  stepped(exp_avg_sq, "exp_avg_sq", grad, nodes),
+                  scale_of(l2, "l2", n, type),
+                  lr,
+                  beta1,
+                  beta2,
+                  eps,
+                  weight_decay,
+                  std::sqrt(1 - std::pow(beta2, static_cast<double>(step))),
+                  lr / (1 - std::pow(beta1, static_cast<double>(step)))};
+  const std::vector<int64_t> unique(r, r + n);
+  const FromRows from(g, grad, unique);
+  if (num_layers < 2 || grad.size(1) % 16 != 0) {
+    dense_step(backward_rows(g, grad, num_layers, from.rows), adamw, from.place.data());
+    return;
+  }
+  Tensor h = from.first(false);
+  for (int64_t l = 2; l < num_layers; ++l) h = from.next(h);
+  SpmmArgs a = from.args();
+  a.x = h.const_data_ptr();
+  a.alpha = 1.0 / static_cast<double>(num_layers + 1);
+  a.adamw = &adamw;
+  run(g.m, a, nodes);
+}
+
 }  // namespace
 
 }  // namespace mmkd
@@ -494,4 +585,5 @@ STABLE_TORCH_LIBRARY_IMPL(mmkd, CPU, m) {
   m.impl("csr_transpose", TORCH_BOX(&mmkd::csr_transpose));
   m.impl("propagate", TORCH_BOX(&mmkd::propagate));
   m.impl("propagate_backward", TORCH_BOX(&mmkd::propagate_backward));
+  m.impl("propagate_adamw", TORCH_BOX(&mmkd::propagate_adamw));
 }

@@ -1,5 +1,6 @@
 #include "cpu/spmm_kernel.h"
 
+#include "cpu/adamw_step.h"
 #include "cpu/vec.h"
 
 namespace mmkd {
@@ -99,10 +100,28 @@ struct RowOut {
   const T* add;  // null: nothing
   Acc<T> scale;
   T* out;
+
+  MMKD_INLINE typename Vec<T>::V added(int64_t c) const { return Vec<T>::load(add + c); }
 };
 
+// What all rows of a product have in common.
+template <class T>
+struct Table {
+  const T* x;
+  int64_t d;
+  Acc<T> alpha;
+  bool stream;
+};
+
+// add + scale * sum. Nothing to add is zero, and the product is fused with the sum in every instance of this function:
+// which of them computes a row depends on blocks and lists, and its bits must not.
+template <class Row, class V>
+MMKD_INLINE V summed(const Row& row, V sum, int64_t c) {
+  return multiply_add(sum, V{} + row.scale, row.add ? row.added(c) : V{});
+}
+
 template <int NV, class T>
-MMKD_INLINE void finish(const RowOut<T>& row, typename Vec<T>::V* s, int64_t c0, Acc<T> alpha, bool stream) {
+MMKD_INLINE void finish(const RowOut<T>& row, typename Vec<T>::V* s, int64_t c0, const Table<T>& t) {
   using W = Vec<T>;
   if constexpr (Two<T>::split && NV % 2 == 0) {
 #pragma GCC unroll 8
@@ -110,15 +129,55 @@ MMKD_INLINE void finish(const RowOut<T>& row, typename Vec<T>::V* s, int64_t c0,
   }
 #pragma GCC unroll 16
   for (int v = 0; v < NV; ++v) {
-    // Nothing to add is zero, so that the product has one use and is fused with the sum in every instance of this
-    // function: which of them computes a row depends on blocks and lists, and its bits must not.
-    const typename W::V base = row.add ? W::load(row.add + c0 + v * W::size) : typename W::V{};
-    const typename W::V r = s[v] * row.scale + base;
-    if (stream) {
-      store_past_caches(row.out + c0 + v * W::size, r * alpha);
+    const typename W::V r = summed(row, s[v], c0 + v * W::size);
+    if (t.stream) {
+      store_past_caches(row.out + c0 + v * W::size, r * t.alpha);
     } else {
-      W::store(row.out + c0 + v * W::size, r * alpha);
+      W::store(row.out + c0 + v * W::size, r * t.alpha);
     }
+  }
+}
+
+// A row whose result is the gradient of a row of weights, for a step of AdamW.
+template <class T>
+struct RowStep {
+  int64_t from, to;
+  const T* add;  // null: nothing
+  T scale;
+  T l2;  // the gradient also has l2 * weight
+  T *weight, *exp_avg, *exp_avg_sq;
+  const StepSizes<T>* sizes;
+
+  MMKD_INLINE typename Vec<T>::V added(int64_t c) const { return Vec<T>::load(add + c); }
+};
+
+// The tables are read in order, but between other reads, which hides that from the processor: some rows ahead of the one
+// at hand are asked for (d = 64: eight).
+constexpr int64_t kStepAhead = 512;
+
+template <class T, class V>
+MMKD_INLINE void step_at(const RowStep<T>& row, V g, int64_t c) {
+  V w, m, v;
+  __builtin_prefetch(row.weight + c + kStepAhead, 0, 2);
+  __builtin_prefetch(row.exp_avg + c + kStepAhead, 0, 2);
+  __builtin_prefetch(row.exp_avg_sq + c + kStepAhead, 0, 2);
+  memcpy(&w, row.weight + c, sizeof w);
+  memcpy(&m, row.exp_avg + c, sizeof m);
+  memcpy(&v, row.exp_avg_sq + c, sizeof v);
+  adamw_step(g, w, m, v, row.l2, *row.sizes);
+  memcpy(row.weight + c, &w, sizeof w);
+  memcpy(row.exp_avg + c, &m, sizeof m);
+  memcpy(row.exp_avg_sq + c, &v, sizeof v);
+}
+
+template <int NV, class T>
+MMKD_INLINE void finish(const RowStep<T>& row, typename Vec<T>::V* s, int64_t c0, const Table<T>& t) {
+  using W = Vec<T>;
+#pragma GCC unroll 16
+  for (int v = 0; v < NV; ++v) {
+    const int64_t c = c0 + v * W::size;
+    const typename W::V sum = summed(row, s[v], c);
+    step_at<T, typename W::V>(row, rounded(sum * t.alpha), c);
   }
 }
 
@@ -134,14 +193,6 @@ MMKD_INLINE void in_strips(int64_t d, const F& f) {
   if (c + w <= d) f.template strip<1>(c), c += w;
   if (c < d) f.template strip<1>(d - w);
 }
-
-template <class T>
-struct Table {
-  const T* x;
-  int64_t d;
-  Acc<T> alpha;
-  bool stream;
-};
 
 template <class T>
 MMKD_INLINE void finish_narrow(const Table<T>& t, const RowOut<T>& row, int64_t c, Acc<T> sum) {
@@ -176,10 +227,10 @@ struct Rows {
     const Table<T> table = t;
     const RowAt make = row_at;  // by value: what is behind a reference would be read again for every row
     for (int64_t i = begin; i < end; ++i) {
-      const RowOut<T> row = make(i);
+      const auto row = make(i);
       typename Vec<T>::V s[NV] = {};
       gather<NV, kWeights, kFarToo>(entries, row.from, row.to, table.x + c0, table.d, s);
-      finish<NV>(row, s, c0, table.alpha, table.stream);
+      finish<NV>(row, s, c0, table);
     }
   }
 
@@ -288,27 +339,81 @@ struct RowMaker {
   }
 };
 
-// Rows in order: their entries are read where they lie, a block checked at a time, which brings its columns into the
-// first-level cache.
+// Makes the RowStep of row r.
+template <class T>
+struct StepMaker {
+  const T* add;
+  const int32_t* add_map;
+  const T *scale, *l2;
+  T *weight, *exp_avg, *exp_avg_sq;
+  int64_t d;
+  const StepSizes<T>* sizes;
+
+  StepMaker(const AdamwArgs& a, const void* grad, const int32_t* map, const void* row_scale, int64_t width,
+            const StepSizes<T>& k)
+      : add(static_cast<const T*>(grad)),
+        add_map(map),
+        scale(static_cast<const T*>(row_scale)),
+        l2(static_cast<const T*>(a.l2)),
+        weight(static_cast<T*>(a.weight)),
+        exp_avg(static_cast<T*>(a.exp_avg)),
+        exp_avg_sq(static_cast<T*>(a.exp_avg_sq)),
+        d(width),
+        sizes(&k) {}
+
+  MMKD_INLINE RowStep<T> operator()(int64_t r, int64_t from, int64_t to) const {
+    const int64_t extra = add_map[r], at = r * d;
+    return {from, to, extra >= 0 ? add + extra * d : nullptr, scale ? scale[r] : T(1), extra >= 0 && l2 ? l2[extra] : T(0),
+            weight + at, exp_avg + at, exp_avg_sq + at, sizes};
+  }
+};
+
 template <class T, class I>
-int64_t all_rows(const SpmmArgs& a, const Table<T>& t, int64_t begin, int64_t end) {
-  const Entries<T, I> e{static_cast<const I*>(a.col), static_cast<const Acc<T>*>(a.value),
-                        static_cast<const Acc<T>*>(a.col_scale), a.nnz};
+Entries<T, I> entries_of(const SpmmArgs& a) {
+  return {static_cast<const I*>(a.col), static_cast<const Acc<T>*>(a.value), static_cast<const Acc<T>*>(a.col_scale),
+          a.nnz};
+}
+
+// Rows in order: their entries are read where they lie, a block checked at a time, which brings its columns into the
+// first-level cache. near(begin, end) and far(begin, end) compute rows that reach over little or much of x.
+template <class T, class I, class Near, class Far>
+int64_t rows_in_order(const SpmmArgs& a, int64_t begin, int64_t end, const Near& near, const Far& far) {
   const int64_t far_rows = kFarBytes / (a.d * static_cast<int64_t>(sizeof(T)) + 1);
-  const auto row_at = [make = RowMaker<T>(a), rowptr = a.rowptr](int64_t r) {
-    return make(r, r, rowptr[r], rowptr[r + 1]);
-  };
   while (begin < end) {
-    const Block block = next_block(a.rowptr, e.col, begin, end, a.nnz, a.num_cols);
+    const Block block = next_block(a.rowptr, static_cast<const I*>(a.col), begin, end, a.nnz, a.num_cols);
     if (block.bad >= 0) return block.bad;
     if (block.reach > far_rows) {
-      rows_weighted<true>(e, t, begin, block.end, row_at);
+      far(begin, block.end);
     } else {
-      rows_weighted<false>(e, t, begin, block.end, row_at);
+      near(begin, block.end);
     }
     begin = block.end;
   }
   return -1;
+}
+
+template <class T, class I>
+int64_t all_rows(const SpmmArgs& a, const Table<T>& t, int64_t begin, int64_t end) {
+  const Entries<T, I> e = entries_of<T, I>(a);
+  const auto row_at = [make = RowMaker<T>(a), rowptr = a.rowptr](int64_t r) {
+    return make(r, r, rowptr[r], rowptr[r + 1]);
+  };
+  return rows_in_order<T, I>(
+      a, begin, end, [&](int64_t from, int64_t to) { rows_weighted<false>(e, t, from, to, row_at); },
+      [&](int64_t from, int64_t to) { rows_weighted<true>(e, t, from, to, row_at); });
+}
+
+template <class T, class I>
+int64_t all_steps(const SpmmArgs& a, const Table<T>& t, int64_t begin, int64_t end) {
+  const Entries<T, I> e = entries_of<T, I>(a);
+  const StepSizes<T> sizes(*a.adamw);
+  const auto row_at = [make = StepMaker<T>(*a.adamw, a.add, a.add_map, a.row_scale, a.d, sizes),
+                       rowptr = a.rowptr](int64_t r) { return make(r, rowptr[r], rowptr[r + 1]); };
+  using At = decltype(row_at);
+  return rows_in_order<T, I>(
+      a, begin, end,
+      [&](int64_t from, int64_t to) { in_strips<T>(t.d, Rows<kScale, false, T, I, At>{e, t, from, to, row_at}); },
+      [&](int64_t from, int64_t to) { in_strips<T>(t.d, Rows<kScale, true, T, I, At>{e, t, from, to, row_at}); });
 }
 
 // Rows of a list, or whose columns are looked up in `col_map`: their non-zeros, without those that are skipped, are
@@ -384,7 +489,7 @@ struct Copied {
     void strip(int64_t c0) const {
       typename Vec<T>::V s[NV] = {};
       in_blocks([&] { gather<NV, kValue, true>(buffer.entries(), 0, buffer.n, buffer.t.x + c0, buffer.t.d, s); });
-      finish<NV>(row, s, c0, buffer.t.alpha, buffer.t.stream);
+      finish<NV>(row, s, c0, buffer.t);
     }
 
     void narrow() const {
@@ -450,9 +555,25 @@ int64_t copied_rows(const SpmmArgs& a, const Table<T>& t, int64_t begin, int64_t
 template <class T, class I>
 int64_t spmm_typed(const SpmmArgs& a, int64_t begin, int64_t end) {
   const Table<T> t{static_cast<const T*>(a.x), a.d, static_cast<Acc<T>>(a.alpha), a.stream};
+  if constexpr (sizeof(T) >= 4) {
+    if (a.adamw) return all_steps<T, I>(a, t, begin, end);
+  }
   const int64_t bad = a.rows || a.col_map ? copied_rows<T, I>(a, t, begin, end) : all_rows<T, I>(a, t, begin, end);
   if (a.stream) finish_streams();
   return bad;
+}
+
+template <class T>
+void adamw_typed(const AdamwArgs& a, const void* grad, const int32_t* add_map, int64_t d, int64_t begin, int64_t end) {
+  const StepSizes<T> sizes(a);
+  const StepMaker<T> make(a, grad, add_map, nullptr, d, sizes);
+  for (int64_t r = begin; r < end; ++r) {
+    const RowStep<T> row = make(r, 0, 0);
+    const T* g = static_cast<const T*>(grad) + r * d;
+    int64_t c = 0;
+    for (; c + Vec<T>::size <= d; c += Vec<T>::size) step_at<T>(row, Vec<T>::load(g + c), c);
+    for (; c < d; ++c) step_at<T>(row, g[c], c);
+  }
 }
 
 template <class T, class I>
@@ -535,6 +656,12 @@ int64_t spmm(const SpmmArgs& a, int64_t begin, int64_t end){MMKD_BY_TYPE(spmm_ty
 
 int64_t sddmm(const SddmmArgs& a, int64_t begin, int64_t end) {
   MMKD_BY_TYPE(sddmm_typed, a, begin, end)
+}
+
+void adamw_rows(const AdamwArgs& a, DType dtype, const void* grad, const int32_t* add_map, int64_t d, int64_t begin,
+                int64_t end) {
+  if (dtype == DType::f64) return adamw_typed<double>(a, grad, add_map, d, begin, end);
+  adamw_typed<float>(a, grad, add_map, d, begin, end);
 }
 
 void zero_rows(char* to, int64_t row_bytes, const uint8_t* active, bool stream, int64_t begin, int64_t end) {

@@ -7,6 +7,15 @@
 
 namespace mmkd {
 
+// A step of AdamW with the rows of a product as the gradient. Tables [num_rows, d] of the product's type.
+struct AdamwArgs {
+  void *weight, *exp_avg, *exp_avg_sq;
+  const void* l2;  // an entry per row of `add`, or null: what the gradient also has of the weights
+  double lr, beta1, beta2, eps, weight_decay;
+  double root;  // sqrt(1 - beta2^step)
+  double size;  // lr / (1 - beta1^step)
+};
+
 struct SpmmArgs {
   DType dtype;             // of x, add and out
   bool col64;              // col is int64, else int32
@@ -20,6 +29,8 @@ struct SpmmArgs {
   const int32_t* add_map;  // [num_rows] row of `add` for a node, -1 for none; null: the same row
   const int64_t* rows;     // [n] rows to compute, or null for all
   const int32_t* col_map;  // [num_cols] row of x for a column, -1: read as zero; null: the same row
+  const AdamwArgs* adamw;  // null, or what the result goes into instead of `out`: rows in order, with row_scale,
+                           // col_scale and add_map, without values, float32 or float64, d a multiple of 16
   void* out;               // [n, d] if compact, else [num_rows, d]
   bool compact;
   bool stream;  // out is written past the caches; float32, aligned to 64 bytes, d a multiple of 16
@@ -30,6 +41,10 @@ struct SpmmArgs {
 // Computes positions [begin, end). Returns -1, or the row whose rowptr or col is out of range: that row is left
 // unwritten and nothing of x is read for it.
 MMKD_KERNEL(int64_t spmm(const SpmmArgs& a, int64_t begin, int64_t end))
+
+// The same step with a gradient [num_rows, d] that is there already; add_map as in SpmmArgs, for `l2`.
+MMKD_KERNEL(void adamw_rows(const AdamwArgs& a, DType dtype, const void* grad, const int32_t* add_map, int64_t d,
+                            int64_t begin, int64_t end))
 
 // out[j] = row_scale[r] * col_scale[col[j]] * <a[r], b[col[j]]>: the gradient of `value`. Same return value.
 struct SddmmArgs {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mmkd import ops
+from mmkd import backends, ops
 from mmkd.graph import BipartiteGraph
 
 
@@ -24,6 +24,75 @@ def initial_table(
 def rounded(x: Tensor, compute: torch.dtype | None) -> Tensor:
     """``x`` in the type training computes in; ``x`` itself where there is none, or without gradients."""
     return x if compute is None or not torch.is_grad_enabled() else x.to(compute)
+
+
+class RowGradient:
+    """The gradient of a propagated table, held at the rows that were propagated to instead of going back through the layers.
+
+    An optimizer that takes it from here (:class:`mmkd.training.optim.PropagatedAdamW`) makes the last layer back and its
+    step one pass; no gradient ``[N, d]`` is written. Belongs to the model whose ``hold_gradient`` made it.
+
+    Attributes:
+        rows: int64 ``[n]``, node ids. grad: ``[n, d]``, of what ``propagate`` gave for them; None before a backward pass.
+        l2: ``[n]``, weights of an L2 term on the table's rows, or None.
+    """
+
+    def __init__(self, graph: BipartiteGraph, layers: int) -> None:
+        self.graph, self.layers = graph, layers
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets it: a step was made, or another begins."""
+        self.rows: Tensor | None = None
+        self.grad: Tensor | None = None
+        self.l2: Tensor | None = None
+
+    def put(self, rows: Tensor, grad: Tensor) -> None:
+        """What a backward pass arrives with; the second one before a step is an error."""
+        if self.grad is not None:
+            raise RuntimeError(
+                "the gradient of the step before is still here: call optimizer.zero_grad() before a backward pass"
+            )
+        self.rows, self.grad = rows, grad
+
+    def dense(self, table: Tensor) -> Tensor:
+        """``[N, d]``, what autograd would have given."""
+        with torch.no_grad():
+            leaf = table.detach().requires_grad_()
+            with torch.enable_grad():
+                out = ops.propagate(self.graph, leaf, self.layers, rows=self.rows)
+            (full,) = torch.autograd.grad(out, leaf, self.grad)
+            if self.l2 is not None:
+                full.index_add_(0, self.rows, self.l2[:, None] * table.index_select(0, self.rows))
+            return full
+
+
+class _Hold(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, table: Tensor, held: RowGradient, rows: Tensor) -> Tensor:
+        ctx.held, ctx.rows = held, rows
+        return ops.propagate(held.graph, table.detach(), held.layers, rows=rows)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        ctx.held.put(ctx.rows, grad)
+        return None, None, None
+
+
+def propagated(
+    graph: BipartiteGraph, x: Tensor, layers: int, rows: Tensor | None, compute: torch.dtype | None,
+    held: RowGradient | None,
+) -> Tensor:  # fmt: skip
+    """``propagate`` as the models train with it: in the type ``compute``, and into ``held`` where it is to hold the gradient."""
+    if held is not None and rows is not None and torch.is_grad_enabled():
+        return _Hold.apply(x, held, rows)
+    return ops.propagate(graph, rounded(x, compute), layers, rows=rows)
+
+
+def can_hold(table: Tensor, compute: torch.dtype | None) -> bool:
+    """Whether there is a kernel that takes a :class:`RowGradient` of this table."""
+    return compute is None and backends.why_not("propagate_adamw", "cpp", table.device.type) is None
 
 
 class LightGCN(nn.Module):
@@ -47,9 +116,16 @@ class LightGCN(nn.Module):
         self.graph = graph
         self.layers, self.compute = layers, compute
         self.table = nn.Parameter(table.detach().clone())
+        self.held: RowGradient | None = None
+
+    def hold_gradient(self) -> RowGradient | None:
+        """From now on backward passes leave the table's gradient in the result, not in ``table.grad``; None where they
+        cannot. For an optimizer that fetches it there."""
+        self.held = RowGradient(self.graph, self.layers) if can_hold(self.table, self.compute) else None
+        return self.held
 
     def forward(self, rows: Tensor | None = None) -> Tensor:
-        return ops.propagate(self.graph, rounded(self.table, self.compute), self.layers, rows=rows)
+        return propagated(self.graph, self.table, self.layers, rows, self.compute, self.held)
 
     def tables(self) -> tuple[Tensor, Tensor]:
         """Final embeddings of users ``[U, d]`` and items ``[I, d]``, without gradient."""

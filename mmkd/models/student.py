@@ -21,6 +21,9 @@ class GCNStudent(LightGCN):
         self.user_weight = nn.ParameterList(nn.Parameter(start.clone()) for _ in range(layers))
         self.item_weight = nn.ParameterList(nn.Parameter(start.clone()) for _ in range(layers))
 
+    def hold_gradient(self) -> None:
+        """None: the table is not only propagated."""
+
     def forward(self, rows: Tensor | None = None) -> Tensor:
         users, items = self.table.split([self.graph.num_users, self.graph.num_items])
         total_users, total_items = users, items
@@ -45,6 +48,9 @@ class MLPStudent(LightGCN):
             nn.init.xavier_uniform_(torch.empty(dim, dim, dtype=table.dtype), gain=0.5, generator=generator)
             for _ in range(layers)
         )
+
+    def hold_gradient(self) -> None:
+        """None: the table is not only propagated."""
 
     def forward(self, rows: Tensor | None = None) -> Tensor:
         start = self.table if rows is None else self.table.index_select(0, rows)

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mmkd import ops
 from mmkd.graph import BipartiteGraph, ItemRows
 from mmkd.models.features import FeatureTable, project_raw
-from mmkd.models.lightgcn import initial_table, rounded
+from mmkd.models.lightgcn import RowGradient, can_hold, initial_table, propagated, rounded
 from mmkd.models.neighbors import NeighborGraph
 from mmkd.models.prompt import Prompt
 
@@ -167,6 +166,7 @@ class Teacher(nn.Module):
         self.layers, self.feature_layers = layers, feature_layers
         self.strength, self.norm, self.dropout, self.compute = strength, norm, dropout, compute
         self.table = nn.Parameter(initial_table(graph.num_nodes, dim, init, generator, dtype))
+        self.held: RowGradient | None = None
         self.weights = nn.ParameterList(
             nn.init.xavier_uniform_(torch.empty(table.width, dim, dtype=dtype), generator=generator)
             for table in features
@@ -175,6 +175,12 @@ class Teacher(nn.Module):
         self.omega = nn.Parameter(torch.full((len(self.features),), feature_weight, dtype=dtype), requires_grad=False)
         self.register_buffer("user_design", None, persistent=False)
         self._constants()
+
+    def hold_gradient(self) -> RowGradient | None:
+        """As :meth:`LightGCN.hold_gradient`; None with ``neighbors``, which the id table goes through first."""
+        if not self.neighbors and can_hold(self.table, self.compute):
+            self.held = RowGradient(self.graph, self.layers)
+        return self.held
 
     def _constants(self) -> None:
         """``B^m = [H 1]^T X^m`` of every modality, and for ``norm="row"`` ``Q^m = B^m B^m^T``."""
@@ -221,7 +227,7 @@ class Teacher(nn.Module):
 
     def id_embeddings(self, rows: Tensor | None = None) -> Tensor:
         """``propagate(id + sum_m S^m id)``, the part of ``E^T`` without ``F^m``."""
-        return ops.propagate(self.graph, rounded(self._smoothed(), self.compute), self.layers, rows=rows)
+        return propagated(self.graph, self._smoothed(), self.layers, rows, self.compute, self.held)
 
     def _smoothed(self) -> Tensor:
         """The id table, every item's row plus its neighbours': ``[N, d]``."""

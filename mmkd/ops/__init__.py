@@ -4,7 +4,7 @@ from mmkd.ops.bpr_kd import bpr_kd_from_scores, bpr_loss, bpr_pair_kd_loss, pair
 from mmkd.ops.emb_kd import emb_kd_loss
 from mmkd.ops.frozen_teacher import frozen_teacher
 from mmkd.ops.list_kd import list_kd_from_scores, list_kd_loss, list_scores
-from mmkd.ops.spmm import propagate, sddmm, spmm
+from mmkd.ops.spmm import propagate, propagate_adamw_, sddmm, spmm
 from mmkd.ops.topk import topk
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "list_scores",
     "pair_kd_loss",
     "propagate",
+    "propagate_adamw_",
     "sddmm",
     "spmm",
     "topk",

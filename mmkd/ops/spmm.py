@@ -14,6 +14,7 @@ from mmkd.ops._checks import (
     check_no_grad,
     check_rank,
     check_same_device,
+    check_shape,
     dense,
     vector,
 )
@@ -161,6 +162,68 @@ def propagate(
     return call(which, "propagate", graph.rowptr, graph.col, scale, dense(x), num_layers, rows, plan)
 
 
+def propagate_adamw_(
+    graph: BipartiteGraph, grad: Tensor, num_layers: int, rows: Tensor, weight: Tensor, exp_avg: Tensor,
+    exp_avg_sq: Tensor, *, step: int, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+    weight_decay: float = 0.0, l2: Tensor | None = None, impl: str = "auto",
+) -> None:  # fmt: skip
+    """A step of AdamW on the table behind `propagate(graph, weight, num_layers, rows)`, in place, from the gradient of
+    what that returned (paper, Eq. 2 backwards; Loshchilov and Hutter 2019, Algorithm 2).
+
+        G = 1/(L+1) sum_{l=0..L} Â^l P^T grad + P^T (l2 * weight[rows]),   P^T: rows to their places among all nodes
+        weight <- (1 - lr weight_decay) weight
+        exp_avg <- b1 exp_avg + (1 - b1) G,   exp_avg_sq <- b2 exp_avg_sq + (1 - b2) G^2
+        weight <- weight - lr / (1 - b1^step) exp_avg / (sqrt(exp_avg_sq / (1 - b2^step)) + eps)
+
+    On a CPU the last layer back and the step are one pass over the table: `G` is never written. The bits are those of
+    `propagate`'s backward and `torch.optim.AdamW(fused=True)` (where the processor fuses multiply and add).
+
+    Args:
+        graph: gives `Â`.
+        grad: `[n, d]`, float32 or float64. num_layers: `L >= 0`.
+        rows: int64 `[n]`, node ids in ascending order, each once.
+        weight, exp_avg, exp_avg_sq: `[N, d]`, contiguous, of `grad`'s dtype; changed.
+        step: number of this step, from 1. lr, betas, eps, weight_decay: as in `torch.optim.AdamW`.
+        l2: `[n]`, weights of an L2 term on the table's own rows, or None.
+        impl: `auto`, `reference` or `cpp`. Off the CPU `auto` is the reference with that device's propagation.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape, dtype, layout or device (named), or `step` below 1.
+        RuntimeError: `rows` is not ascending or out of range; nothing has been changed then.
+    """
+    check_floating(grad, "grad")
+    if grad.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"grad: expected a tensor of float32 or float64, got {grad.dtype}")
+    check_index(rows, "rows", (torch.int64,))
+    check_rank(grad, "grad", 2)
+    check_shape(grad, "grad", (rows.numel(), grad.shape[1]))
+    tables = {"weight": weight, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    for name, t in tables.items():
+        check_floating(t, name, grad.dtype)
+        check_shape(t, name, (graph.num_nodes, grad.shape[1]))
+        if not t.is_contiguous():
+            raise ValueError(f"{name}: expected a contiguous tensor, for it is changed in place")
+    check_no_grad(l2, "l2")
+    l2 = vector(l2, "l2", rows.numel(), grad.dtype)
+    check_same_device(("grad", grad), *tables.items(), ("rows", rows), ("l2", l2))
+    if num_layers < 0 or step < 1:
+        raise ValueError(f"num_layers, step: expected >= 0 and >= 1, got {num_layers} and {step}")
+    given = graph.rowptr, graph.col, graph.scale_as(grad.dtype), dense(grad), num_layers, dense(rows)
+    settings = lr, *betas, eps, weight_decay, step
+    with torch.no_grad():
+        if impl == "auto" and grad.device.type != "cpu":
+            which = backends.resolve("propagate", grad)
+            back = reference.propagate_backward
+            if which != "reference":
+                plan = plan_of(graph, "all", which) if num_layers else None
+                back = lambda *a: call(which, "propagate_backward", *a, plan)  # noqa: E731
+            return reference.propagate_adamw_(*given, l2, *tables.values(), *settings, back=back)
+        which = backends.resolve("propagate_adamw", grad, impl)
+        if which == "reference":
+            return reference.propagate_adamw_(*given, l2, *tables.values(), *settings)
+        return call(which, "propagate_adamw", *given, l2, *tables.values(), *settings)
+
+
 def plan_of(graph: BipartiteGraph, side: str, which: str) -> Tensor | None:
     """How `which` cuts the long rows of `A` ("all"), `R` ("users") or `R^T` ("items"): made once per graph and kept.
 
@@ -269,6 +332,8 @@ def _register(ns: str, ops) -> None:
         f"{ns}::propagate_backward",
         lambda rowptr, col, scale, grad, num_layers, rows, plan=None: grad.new_empty(rowptr.numel() - 1, grad.shape[1]),
     )
+    if hasattr(ops, "propagate_adamw"):
+        library.register_fake(f"{ns}::propagate_adamw", lambda *_: None)
     differentiable(ns, "spmm", _spmm_backward, _spmm_setup)
     differentiable(ns, "propagate", _propagate_backward, _propagate_setup)
     differentiable(ns, "sddmm", _sddmm_backward, _spmm_setup)

@@ -4,7 +4,7 @@ from mmkd.reference.bpr_kd import bpr, margins, pair_kd
 from mmkd.reference.emb_kd import emb_kd
 from mmkd.reference.frozen_teacher import frozen_teacher
 from mmkd.reference.list_kd import list_kd, list_scores
-from mmkd.reference.spmm import propagate, sddmm, spmm
+from mmkd.reference.spmm import propagate, propagate_adamw_, propagate_backward, sddmm, spmm
 from mmkd.reference.topk import topk
 
 __all__ = [
@@ -16,6 +16,8 @@ __all__ = [
     "margins",
     "pair_kd",
     "propagate",
+    "propagate_adamw_",
+    "propagate_backward",
     "sddmm",
     "spmm",
     "topk",

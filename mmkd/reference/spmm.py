@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -58,3 +60,29 @@ def propagate(
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
     out = (sum(layer.to(acc) for layer in layers) / (num_layers + 1)).to(x.dtype)
     return out if rows is None else out[rows]
+
+
+def propagate_backward(
+    rowptr: Tensor, col: Tensor, scale: Tensor, grad: Tensor, num_layers: int, rows: Tensor
+) -> Tensor:
+    """Gradient of `propagate(...)[rows]` with respect to `x`; `Â` is symmetric."""
+    full = grad.new_zeros(rowptr.numel() - 1, grad.shape[1]).index_add(0, rows, grad)
+    return propagate(rowptr, col, scale, full, num_layers)
+
+
+def propagate_adamw_(
+    rowptr: Tensor, col: Tensor, scale: Tensor, grad: Tensor, num_layers: int, rows: Tensor, l2: Tensor | None,
+    weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, lr: float, beta1: float, beta2: float, eps: float,
+    weight_decay: float, step: int, back: Callable[..., Tensor] = propagate_backward,
+) -> None:  # fmt: skip
+    """A step of AdamW on `weight` with the gradient of `propagate(...)[rows]` and of `1/2 sum l2 * weight[rows]^2`."""
+    if rows.numel() and bool((rows.diff() <= 0).any()):
+        raise RuntimeError("rows: expected node ids in ascending order, each once")
+    full = back(rowptr, col, scale, grad, num_layers, rows)
+    if l2 is not None:
+        full = full.index_add(0, rows, l2[:, None] * weight[rows])
+    weight *= 1 - lr * weight_decay
+    exp_avg.lerp_(full, 1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(full, full, value=1 - beta2)
+    denominator = (exp_avg_sq / (1 - beta2**step)).sqrt_().add_(eps)
+    weight.addcdiv_(exp_avg, denominator, value=-lr / (1 - beta1**step))

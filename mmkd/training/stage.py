@@ -27,6 +27,7 @@ from mmkd.training.checkpoint import (
     training_tensors,
 )
 from mmkd.training.finite import first_bad, origin
+from mmkd.training.optim import Propagated
 from mmkd.training.profile import StepProfiler
 from mmkd.training.ranking import NO_SHARED_ITEMS, SharedItems
 from mmkd.training.run_folder import RunFolder
@@ -55,8 +56,8 @@ class NodeBatch:
         extra: int64, positions in `rows` of the further nodes asked for, in their order.
         shared: int64 `[S]`, positions among the items of `rows` of the items all pairs are ranked against; empty for BPR.
         owned: int64 `[2, n]`, (b, s) where the user of pair b has item s of `shared` in train.
-        touched, counts: node ids that stand in (user, observed, BPR's negative), and how often: the rows and weights of
-            the L2 term.
+        touched, touched_at, counts: node ids that stand in (user, observed, BPR's negative), their positions in `rows`, and
+            how often they do: the rows and weights of the L2 term.
     """
 
     rows: Tensor
@@ -67,6 +68,7 @@ class NodeBatch:
     shared: Tensor
     owned: Tensor
     touched: Tensor
+    touched_at: Tensor
     counts: Tensor
 
     @property
@@ -106,19 +108,22 @@ def node_batch(
     nodes = NodeBatch(
         *(torch.from_numpy(rows), first_item, torch.from_numpy(own), torch.from_numpy(local)),
         torch.from_numpy(where[:known]), torch.from_numpy(where[known:] - first_item), torch.from_numpy(shared.owned),
-        torch.from_numpy(rows[touched]), torch.from_numpy(counts[touched]),
+        torch.from_numpy(rows[touched]), torch.from_numpy(touched), torch.from_numpy(counts[touched]),
     )  # fmt: skip
     return nodes.to(torch.device(device))
 
 
-def add_l2(table: nn.Parameter, batch: NodeBatch, weight: float) -> Tensor:
-    """The L2 term `weight * 1/2 sum ||row||^2 / B` over the batch's layer-0 rows; its gradient goes straight into the
-    rows of `table.grad`, so that no dense `[N, d]` gradient is made for it. Call after backward; returns the value."""
+def add_l2(model: Propagated, batch: NodeBatch, weight: float) -> Tensor:
+    """The L2 term `weight * 1/2 sum ||row||^2 / B` over the batch's layer-0 rows; its gradient goes straight into the rows
+    of the table's, so that no dense `[N, d]` gradient is made for it. Call after backward; returns the value."""
+    table, held = model.table, model.held
     with torch.no_grad():
         share = (weight / batch.users.numel()) * batch.counts.to(table.dtype)
         rows = table.index_select(0, batch.touched)
         scaled = share[:, None] * rows
-        if weight:
+        if weight and held is not None and held.grad is not None:
+            held.l2 = share.new_zeros(len(batch.rows)).index_put_((batch.touched_at,), share)
+        elif weight:
             table.grad.index_add_(0, batch.touched, scaled)
         return 0.5 * (scaled * rows).sum()
 

@@ -16,12 +16,9 @@ from mmkd.graph import BipartiteGraph, ItemRows
 from mmkd.models.lightgcn import LightGCN
 from mmkd.models.teacher import Teacher
 from mmkd.training.collapse import FrozenTeacher
+from mmkd.training.optim import PropagatedAdamW
 from mmkd.training.ranking import SharedNegatives, ranking_loss
 from mmkd.training.stage import Ahead, NodeBatch, add_l2, batches, node_batch, seeded, to_tensors
-
-
-def _adamw(groups: list[dict], lr: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, lr=lr, weight_decay=0.0, fused=True)
 
 
 class LightGCNTask:
@@ -41,14 +38,14 @@ class LightGCNTask:
         return node_batch(users, candidates, self.graph.num_users, shared=self.shared(epoch, step, users))
 
     def optimizer(self) -> torch.optim.Optimizer:
-        return _adamw([{"params": [self.model.table]}], self.settings.lr)
+        return PropagatedAdamW(self.model, [{"params": [self.model.table]}], self.settings.lr)
 
     def step(self, epoch: int, step: int) -> dict[str, Tensor]:
         batch = self.batch(epoch, step).to(self.graph.device)
         users, items = batch.split(self.model(batch.rows))
         ranking = ranking_loss(users, items, batch)
         ranking.backward()
-        return {"ranking": ranking.detach(), "l2": add_l2(self.model.table, batch, self.settings.l2)}
+        return {"ranking": ranking.detach(), "l2": add_l2(self.model, batch, self.settings.l2)}
 
     def tables(self) -> tuple[Tensor, Tensor]:
         return self.model.tables()
@@ -70,10 +67,8 @@ class TeacherTask:
 
     def optimizer(self) -> torch.optim.Optimizer:
         dense = [*self.model.weights, *self.model.biases, *self.model.prompt.parameters()]
-        return _adamw(
-            [{"params": [self.model.table]}, {"params": dense, "weight_decay": self.settings.weight_decay}],
-            self.settings.lr,
-        )
+        groups = [{"params": [self.model.table]}, {"params": dense, "weight_decay": self.settings.weight_decay}]
+        return PropagatedAdamW(self.model, groups, self.settings.lr)
 
     def _batch(self, epoch: int, step: int) -> tuple[NodeBatch, ItemRows | None, Tensor | None]:
         users, candidates = to_tensors(self.sampler.batch(epoch, step))
@@ -112,7 +107,7 @@ class TeacherTask:
             terms["prompt"] = self.settings.prompt_loss * ops.bpr_loss(users, items, batch.users, batch.pos, batch.neg)
         torch.stack(list(terms.values())).sum().backward()
         terms = {name: value.detach() for name, value in terms.items()}
-        return {**terms, "l2": add_l2(self.model.table, batch, self.settings.l2)}
+        return {**terms, "l2": add_l2(self.model, batch, self.settings.l2)}
 
     def tables(self) -> tuple[Tensor, Tensor]:
         return self.model.tables()
@@ -173,7 +168,7 @@ class StudentTask:
         groups = [{"params": list(self.student.parameters())}]
         if self.learn_prompt:
             groups.append({"params": list(self.teacher.prompt.parameters()), "lr": self.config.prompt.lr})
-        return _adamw(groups, self.settings.lr)
+        return PropagatedAdamW(self.student, groups, self.settings.lr)
 
     def _batch(self, epoch: int, step: int) -> StudentBatch:
         users, candidates = to_tensors(self.sampler.batch(epoch, step))
@@ -205,7 +200,7 @@ class StudentTask:
             terms["emb"] = self.distill.emb * self._emb(batch, table, targets)
         torch.stack(list(terms.values())).sum().backward()
         terms = {name: value.detach() for name, value in terms.items()}
-        return {**terms, "l2": add_l2(self.student.table, batch, self.settings.l2)}
+        return {**terms, "l2": add_l2(self.student, batch, self.settings.l2)}
 
     def _ranking(self, drawn: StudentBatch, table: Tensor, margin: Tensor, logits: Tensor | None) -> dict[str, Tensor]:
         d, batch = self.distill, drawn.nodes

@@ -1,0 +1,77 @@
+"""AdamW for a model whose table is propagated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mmkd import ops
+from mmkd.models.lightgcn import RowGradient
+
+
+class Propagated(Protocol):
+    """A model with a table of free rows that are propagated."""
+
+    table: nn.Parameter
+    held: RowGradient | None
+
+    def hold_gradient(self) -> RowGradient | None: ...
+
+
+class PropagatedAdamW(torch.optim.AdamW):
+    """`torch.optim.AdamW(fused=True)`, to the bit, that steps `model.table` while the last layer of its gradient is made.
+
+    Where the model cannot hold its gradient back (a GPU, 16-bit propagation, a table that is not only propagated) it is
+    torch's and nothing else. State and checkpoints are the same.
+
+    Args:
+        model: its `hold_gradient` is asked; the table is one of the parameters.
+        params, lr: as torch's; decay is 0 unless a group says otherwise.
+    """
+
+    def __init__(self, model: Propagated, params: Iterable[dict[str, Any]], lr: float) -> None:
+        super().__init__(params, lr=lr, weight_decay=0.0, fused=True)
+        self.table, self.held = model.table, model.hold_gradient()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Also of what the model holds."""
+        super().zero_grad(set_to_none)
+        if self.held is not None:
+            self.held.clear()
+
+    def materialize(self) -> None:
+        """Puts what the model holds into `table.grad`, for who wants to look at it or change it; `step` is then torch's."""
+        if self.held is None or self.held.grad is None:
+            return
+        full = self.held.dense(self.table)
+        self.table.grad = full if self.table.grad is None else self.table.grad + full
+        self.held.clear()
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step."""
+        if closure is not None:
+            raise ValueError("closure: expected None; call backward() before step()")
+        if self.held is not None and self.held.grad is not None:
+            if self.table.grad is None:
+                self._step_table(self.held)
+            else:  # somebody added to it
+                self.materialize()
+        return super().step()
+
+    def _step_table(self, held: RowGradient) -> None:
+        group = next(g for g in self.param_groups if any(p is self.table for p in g["params"]))
+        state: dict[str, Tensor] = self.state[self.table]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"] = torch.zeros_like(self.table, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(self.table, memory_format=torch.preserve_format)
+        state["step"] += 1
+        ops.propagate_adamw_(
+            held.graph, held.grad, held.layers, held.rows, self.table.detach(), state["exp_avg"], state["exp_avg_sq"],
+            step=int(state["step"]), lr=group["lr"], betas=group["betas"], eps=group["eps"],
+            weight_decay=group["weight_decay"], l2=held.l2,
+        )  # fmt: skip
+        held.clear()
