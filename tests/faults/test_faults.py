@@ -369,7 +369,7 @@ def test_weights_that_a_gradient_made_infinite_are_not_saved(tmp_path, monkeypat
     def poisoned(self, epoch, step):
         terms = original(self, epoch, step)
         if epoch == 1 and step == self.last:
-            self.model.table.grad[0, 0] = float("inf")
+            self.model.held.grad[0, 0] = float("inf")
         return terms
 
     TeacherTask.last = -(-synthetic(60, 50, 900).train.nnz // 128) - 1
