@@ -41,7 +41,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> Path:
     path = Path(path)
     temporary = _temporary(path)
     try:
-        with _explained(path):
+        with explained(path):
             write(temporary)
             sync(temporary)
             os.replace(temporary, path)
@@ -61,7 +61,7 @@ def write_folder(path: Path, write: Callable[[Path], object]) -> Path:
     path = Path(path)
     temporary = _temporary(path)
     try:
-        with _explained(path):
+        with explained(path):
             temporary.mkdir()
             write(temporary)
             for inside in [*temporary.rglob("*"), temporary]:
@@ -98,7 +98,7 @@ def make_folder(path: Path) -> Path:
         WriteError: it cannot be made, or nothing can be written in it.
     """
     path = Path(path)
-    with _explained(path):
+    with explained(path):
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
@@ -111,7 +111,7 @@ def append_line(path: Path, line: str) -> None:
     Raises:
         WriteError: the system refused.
     """
-    with _explained(path), open(path, "ab+") as file:
+    with explained(path), open(path, "ab+") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
             line = line if file.read(1) == b"\n" else "\n" + line
@@ -138,6 +138,20 @@ def sweep(folder: Path) -> list[Path]:
     return left
 
 
+@contextlib.contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turns what the system says into a WriteError with path, reason and fix; other errors pass."""
+    try:
+        yield
+    except WriteError:
+        raise
+    except Exception as error:
+        number = _errno(error)
+        if number is None:
+            raise
+        raise WriteError(number, _advice(path, number)) from error
+
+
 def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.part{path.suffix}")
 
@@ -159,20 +173,6 @@ def _put(temporary: Path, path: Path) -> None:
         os.replace(old, path)
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Turns what the system says into a WriteError with path, reason and fix; other errors pass."""
-    try:
-        yield
-    except WriteError:
-        raise
-    except Exception as error:
-        number = _errno(error)
-        if number is None:
-            raise
-        raise WriteError(number, _advice(path, number)) from error
 
 
 def _errno(error: Exception) -> int | None:

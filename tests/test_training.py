@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 
 import numpy as np
@@ -14,10 +15,12 @@ from mmkd import ops
 from mmkd.config import Config, ConfigError
 from mmkd.data import synthetic
 from mmkd.evaluation import evaluate, evaluate_scores
+from mmkd.files import WriteError
 from mmkd.graph import BipartiteGraph
 from mmkd.models.baselines.popularity import Popularity
 from mmkd.models.lightgcn import LightGCN, initial_table
 from mmkd.training import CheckpointError, RunError, TrainingError
+from mmkd.training.best import BestWeights
 from mmkd.training.checkpoint import load_checkpoint, save_checkpoint
 from mmkd.training.fusion import Gate
 from mmkd.training.run_folder import RunFolder
@@ -317,20 +320,42 @@ def test_omega_is_saved_with_the_teacher_and_may_be_fixed(finished, dataset, tmp
     assert load_file(tmp_path / "fixed" / "teacher.safetensors")["omega"].tolist() == pytest.approx([0.7] * len(gated))
 
 
-def test_a_look_holds_no_gradients_and_better_weights_take_the_place_of_the_old(dataset, tmp_path, monkeypatch):
-    original, seen = Stage._validate, []
+def test_a_look_holds_no_gradients_and_better_weights_go_to_disk(dataset, tmp_path, monkeypatch):
+    original, kept = Stage._validate, []
 
-    def look(self, state, best):
-        assert all(p.grad is None for p in self.task.model.parameters()), "a look is taken with gradients in memory"
-        before = {name: t.data_ptr() for name, t in best.items()}
-        values = original(self, state, best)
+    def look(self, state):
+        parameters = dict(self.task.model.named_parameters())
+        assert all(p.grad is None for p in parameters.values()), "a look is taken with gradients in memory"
+        values = original(self, state)
         if state["best_epoch"] == state["epoch"]:
-            weights = dict(self.task.model.named_parameters())
-            assert all(torch.equal(best[name], weights[name]) for name in weights)
-            assert not {t.data_ptr() for t in best.values()} & {p.data_ptr() for p in weights.values()}
-            seen.append(all(best[name].data_ptr() == at for name, at in before.items()) and bool(before))
+            assert all(torch.equal(t, parameters[name]) for name, t in self.best.tensors().items())
+            kept.append(state["epoch"])
         return values
 
     monkeypatch.setattr(Stage, "_validate", look)
     mmkd.train(quick(model="lightgcn", lightgcn={"epochs": 6}, baselines=[]), out=tmp_path / "r", dataset=dataset)
-    assert len(seen) > 2 and all(seen[1:]), "better weights were kept in new memory"
+    assert len(kept) > 2
+    assert not list((tmp_path / "r").rglob("*best*")), "the file has no name"
+
+
+def test_best_weights_survive_a_disk_that_is_full(tmp_path, monkeypatch):
+    best = BestWeights(tmp_path)
+    assert not best and best.tensors() == {}
+    first = {"a": torch.randn(30, 4), "b": torch.tensor(2.0), "c": torch.randn(0, 3), "d": torch.randn(5).bfloat16()}
+    for step in range(4):  # each beside the one before
+        now = {name: t + step for name, t in first.items()}
+        best.keep(now.items())
+        kept = best.tensors()
+        assert best and all(torch.equal(kept[name], t) and kept[name].dtype == t.dtype for name, t in now.items())
+    original, written = BestWeights._write, []
+
+    def full(self, t, at):
+        written.append(at)
+        if len(written) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(self, t, at)
+
+    monkeypatch.setattr(BestWeights, "_write", full)
+    with pytest.raises(WriteError, match=r"No space left.*what was there before is untouched"):
+        best.keep(first.items())
+    assert len(written) == 2 and all(torch.equal(t, now[name]) for name, t in best.tensors().items())

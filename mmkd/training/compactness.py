@@ -94,11 +94,12 @@ def measure_stage(stage: str, run: Run, steps: int) -> dict[str, Any]:
     if stage == "teacher":
         task: Any = TeacherTask(teacher, config, run.dataset, run.graph)
         parameters, model = _shapes(teacher, names, run.graph), teacher
+        del teacher
     else:
         task = run.student_task(teacher, torch.full((len(names),), 1 / len(names), device=run.device))
+        del teacher  # as in a run, it goes before the memory that it held is given back
         run.release_features()
         parameters, model = _shapes(task.student, names, run.graph), task.student
-    del teacher
     settings: StageConfig = getattr(config, stage)
     steps_per_epoch = run.steps(settings)
     steps = max(2, min(steps, steps_per_epoch))

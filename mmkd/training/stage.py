@@ -19,6 +19,8 @@ from mmkd.config import Config, StageConfig
 from mmkd.data import Dataset
 from mmkd.data.sampling import Sampler
 from mmkd.evaluation import evaluate
+from mmkd.memory import release
+from mmkd.training.best import BestWeights
 from mmkd.training.checkpoint import (
     CheckpointError,
     load_checkpoint,
@@ -210,6 +212,7 @@ class Stage:
         self.dataset, self.folder, self.steps = dataset, folder, steps
         self.stop = stop or Stop()
         self.path = folder.checkpoint(task.name)
+        self.best = BestWeights(self.path.parent)
         self.validate = dataset.val is not None and dataset.val.nnz > 0
         # Reading a loss from a GPU waits for it, so there it is done for 16 steps at a time.
         self.look_every = 1 if next(task.model.parameters()).device.type == "cpu" else 16
@@ -229,12 +232,12 @@ class Stage:
         """
         optimizer = self.task.optimizer()
         with self.stop.held():
-            state, best, sums = self._restore(optimizer)
+            state, sums = self._restore(optimizer)
             self.folder.forget(self.task.name, after=state["epoch"])
             if not state["finished"]:
-                best = self._epochs(optimizer, state, best, sums)
-                self._save(optimizer, state, best)
-            self._load(best)
+                self._epochs(optimizer, state, sums)
+                self._save(optimizer, state)
+            self._load(self.best.tensors())
         return StageResult(
             state["best_epoch"],
             state["best_metric"],
@@ -243,10 +246,10 @@ class Stage:
             state["bad"] >= self.settings.patience,
         )
 
-    def _restore(self, optimizer) -> tuple[dict, dict[str, Tensor], dict[str, Tensor]]:
-        """Counters, best weights so far and the sums of an epoch under way."""
+    def _restore(self, optimizer) -> tuple[dict, dict[str, Tensor]]:
+        """Counters and the sums of an epoch under way."""
         if not self.path.exists():
-            return dict(_START), {}, {}
+            return dict(_START), {}
         tensors, state = load_checkpoint(self.path)
         state = {**_START, **state}
         wrong = [key for key, start in _START.items() if not _like(state[key], start)]
@@ -264,7 +267,9 @@ class Stage:
             raise CheckpointError(
                 f"checkpoint {self.path}: finished, but without best weights; remove it to start over"
             )
-        return state, best, _under(tensors, "sums.")
+        if best:
+            self.best.keep(best.items())
+        return state, _under(tensors, "sums.")
 
     def _check_weights(self, state: dict) -> None:
         name = first_bad(self.task.model.named_parameters())
@@ -274,18 +279,18 @@ class Stage:
                 f"though the loss did not, so a gradient overflowed; {self._way_out()}"
             )
 
-    def _save(self, optimizer, state: dict, best: dict[str, Tensor], sums: dict[str, Tensor] | None = None) -> None:
+    def _save(self, optimizer, state: dict, sums: dict[str, Tensor] | None = None) -> None:
         self._check_weights(state)
-        tensors = training_tensors(self.task.model, optimizer, best)
+        tensors = training_tensors(self.task.model, optimizer, self.best.tensors())
         tensors |= {f"sums.{key}": value for key, value in (sums or {}).items()}
         if state["step"] and isinstance(self.task, RemembersEpoch):
             tensors |= {f"epoch.{key}": value for key, value in self.task.epoch_tensors().items()}
         save_checkpoint(self.path, tensors, state)
 
-    def _epochs(self, optimizer, state: dict, best: dict[str, Tensor], sums: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _epochs(self, optimizer, state: dict, sums: dict[str, Tensor]) -> None:
         settings = self.settings
         if self.validate and state["epoch"] == 0 and state["step"] == 0:
-            self._validate(state, best)  # where the stage starts from (a student: its teacher) is a candidate too
+            self._look(state)  # where the stage starts from (a student: its teacher) is a candidate too
         total, done = settings.epochs * self.steps, state["epoch"] * self.steps + state["step"]
         with tqdm(total=total, initial=done, desc=self.task.name, unit="step", disable=not self.config.progress,
                   mininterval=0.5, dynamic_ncols=True) as bar:  # fmt: skip
@@ -295,7 +300,7 @@ class Stage:
                     losses = self._epoch(optimizer, state, sums, bar)
                 except StoppedAtStep:
                     state["seconds"] += time.perf_counter() - start
-                    self._save(optimizer, state, best, sums)
+                    self._save(optimizer, state, sums)
                     raise
                 sums = {}
                 state.update(epoch=state["epoch"] + 1, step=0)
@@ -303,18 +308,17 @@ class Stage:
                 last = state["epoch"] == settings.epochs
                 if self.validate and (state["epoch"] % settings.eval_every == 0 or last):
                     optimizer.zero_grad(set_to_none=True)  # a look needs the memory, and the next step makes new ones
-                    line |= self._validate(state, best)
+                    line |= self._look(state)
                 state["seconds"] += time.perf_counter() - start
                 self.folder.log(**line, seconds=round(state["seconds"], 3))
                 metric = "" if state["best_metric"] is None else f"{state['best_metric']:.4f}"
                 bar.set_postfix_str(f"loss {losses['loss']:.4f}, best {self.config.evaluation.metric} {metric}")
                 if state["epoch"] % self.config.checkpoint_every == 0:
-                    self._save(optimizer, state, best)
-        if not self.validate or self.config.evaluation.select == "last" or not best:
-            self._keep(best)
+                    self._save(optimizer, state)
+        if not self.validate or self.config.evaluation.select == "last" or not self.best:
+            self._keep()
             state["best_epoch"] = state["epoch"]
         state["finished"] = True
-        return best
 
     def _epoch(self, optimizer, state: dict, sums: dict[str, Tensor], bar) -> dict[str, float]:
         epoch, unseen = state["epoch"], []
@@ -364,7 +368,14 @@ class Stage:
             f"({self.task.name}.lr={self.settings.lr:g}) or check the features"
         )
 
-    def _validate(self, state: dict, best: dict[str, Tensor]) -> dict[str, float]:
+    def _look(self, state: dict) -> dict[str, float]:
+        """Steps and looks use blocks of different sizes: neither keeps the other's."""
+        release(collect=False)
+        values = self._validate(state)
+        release(collect=False)
+        return values
+
+    def _validate(self, state: dict) -> dict[str, float]:
         self._check_weights(state)
         if self.before_look is not None:
             self.before_look()
@@ -373,18 +384,13 @@ class Stage:
         values = evaluate(*self.task.tables(), self.dataset, "val", cutoffs)
         if state["best_metric"] is None or values[metric] > state["best_metric"]:
             state.update(best_metric=values[metric], best_epoch=state["epoch"], bad=0)
-            self._keep(best)
+            self._keep()
         else:
             state["bad"] += 1
         return {f"val_{name}": values[name] for name in dict.fromkeys((metric, "recall@20", "ndcg@20"))}
 
-    def _keep(self, best: dict[str, Tensor]) -> None:
-        """Copies the weights to `best`, into the memory of those it held."""
-        for name, parameter in self.task.model.named_parameters():
-            if name in best:
-                best[name].copy_(parameter.detach())
-            else:
-                best[name] = parameter.detach().clone()
+    def _keep(self) -> None:
+        self.best.keep(self.task.model.named_parameters())
 
     def _load(self, weights: dict[str, Tensor]) -> None:
         with torch.no_grad():
