@@ -151,8 +151,8 @@ struct RowStep {
   MMKD_INLINE typename Vec<T>::V added(int64_t c) const { return Vec<T>::load(add + c); }
 };
 
-// The tables are read in order, but between other reads, which hides that from the processor: some rows ahead of the one
-// at hand are asked for (d = 64: eight).
+// The tables are read in order, but between other reads, which hides that from the processor: some rows ahead of the
+// one at hand are asked for (d = 64: eight).
 constexpr int64_t kStepAhead = 512;
 
 template <class T, class V>
@@ -363,8 +363,15 @@ struct StepMaker {
 
   MMKD_INLINE RowStep<T> operator()(int64_t r, int64_t from, int64_t to) const {
     const int64_t extra = add_map[r], at = r * d;
-    return {from, to, extra >= 0 ? add + extra * d : nullptr, scale ? scale[r] : T(1), extra >= 0 && l2 ? l2[extra] : T(0),
-            weight + at, exp_avg + at, exp_avg_sq + at, sizes};
+    return {from,
+            to,
+            extra >= 0 ? add + extra * d : nullptr,
+            scale ? scale[r] : T(1),
+            extra >= 0 && l2 ? l2[extra] : T(0),
+            weight + at,
+            exp_avg + at,
+            exp_avg_sq + at,
+            sizes};
   }
 };
 

@@ -200,22 +200,22 @@ MMKD_INLINE void finish_streams() {
 // a * b + c, rounded once where the instruction set can: the compiler alone fuses them in one place and not in another.
 MMKD_INLINE vf multiply_add(vf a, vf b, vf c) {
 #if defined(MMKD_ISA_avx512)
-  return reinterpret_cast<vf>(_mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b),
-                                              reinterpret_cast<__m512>(c)));
+  return reinterpret_cast<vf>(
+      _mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
 #elif defined(MMKD_ISA_avx2)
-  return reinterpret_cast<vf>(_mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b),
-                                              reinterpret_cast<__m256>(c)));
+  return reinterpret_cast<vf>(
+      _mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
 #else
   return a * b + c;
 #endif
 }
 MMKD_INLINE vd multiply_add(vd a, vd b, vd c) {
 #if defined(MMKD_ISA_avx512)
-  return reinterpret_cast<vd>(_mm512_fmadd_pd(reinterpret_cast<__m512d>(a), reinterpret_cast<__m512d>(b),
-                                              reinterpret_cast<__m512d>(c)));
+  return reinterpret_cast<vd>(
+      _mm512_fmadd_pd(reinterpret_cast<__m512d>(a), reinterpret_cast<__m512d>(b), reinterpret_cast<__m512d>(c)));
 #elif defined(MMKD_ISA_avx2)
-  return reinterpret_cast<vd>(_mm256_fmadd_pd(reinterpret_cast<__m256d>(a), reinterpret_cast<__m256d>(b),
-                                              reinterpret_cast<__m256d>(c)));
+  return reinterpret_cast<vd>(
+      _mm256_fmadd_pd(reinterpret_cast<__m256d>(a), reinterpret_cast<__m256d>(b), reinterpret_cast<__m256d>(c)));
 #else
   return a * b + c;
 #endif
