@@ -347,15 +347,19 @@ def test_best_weights_survive_a_disk_that_is_full(tmp_path, monkeypatch):
         best.keep(now.items())
         kept = best.tensors()
         assert best and all(torch.equal(kept[name], t) and kept[name].dtype == t.dtype for name, t in now.items())
-    original, written = BestWeights._write, []
+    original = BestWeights._write
 
     def full(self, t, at):
-        written.append(at)
-        if len(written) == 2:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return original(self, t, at)
+        original(self, t, at)
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(BestWeights, "_write", full)
-    with pytest.raises(WriteError, match=r"No space left.*what was there before is untouched"):
-        best.keep(first.items())
-    assert len(written) == 2 and all(torch.equal(t, now[name]) for name, t in best.tensors().items())
+    for sizes in ((3,), (50, 9), (20,), (20, 200)):  # smaller than what is there, and larger
+        later = {f"p{i}": torch.randn(size) for i, size in enumerate(sizes)}
+        with monkeypatch.context() as patched:
+            patched.setattr(BestWeights, "_write", full)
+            with pytest.raises(WriteError, match=r"No space left.*what was there before is untouched"):
+                best.keep(later.items())
+        kept = best.tensors()
+        assert kept.keys() == now.keys() and all(torch.equal(kept[name], t) for name, t in now.items())
+        best.keep(later.items())
+        now = later

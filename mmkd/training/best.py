@@ -15,13 +15,14 @@ from mmkd.files import explained
 class BestWeights:
     """A copy of some named tensors in a file without a name in `folder`, which goes with the process.
 
-    A new copy is written beside the one before and counts from the moment it is complete, so a full disk costs none.
+    A new copy is written before or behind the one there is and counts from the moment it is complete, so a full disk costs none.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._file = None
         self._index: list[tuple[str, torch.dtype, torch.Size, int]] = []  # name, dtype, shape, where in the file
+        self._taken = range(0)  # bytes of the file
 
     def __bool__(self) -> bool:
         return bool(self._index)
@@ -37,13 +38,12 @@ class BestWeights:
         with explained(self._folder / "best weights"):
             if self._file is None:
                 self._file = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115, closed with this object
-            first = min((at for *_, at in self._index), default=size)
-            at = 0 if first >= size else first + size  # the half of the file that the copy before is not in
-            index = []
+            start = 0 if self._taken.start >= size else self._taken.stop  # where the copy before is not
+            index, at = [], start
             for name, t in named:
                 index.append((name, t.dtype, t.shape, at))
                 at += self._write(t, at)
-        self._index = index
+        self._index, self._taken = index, range(start, at)
 
     def tensors(self) -> dict[str, Tensor]:
         """The copy, on the CPU, in fresh memory; empty if there is none."""
