@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -51,9 +52,25 @@ def cpu_isa(request):
 
 
 @pytest.fixture
+def one_thread():
+    """One thread; the number before is restored. Torch computes what is left over at the end of a thread's share of a table
+    one element at a time, and rounds there otherwise."""
+    with _threads(1):
+        yield
+
+
+@pytest.fixture
 def two_threads():
     """Two threads, whatever the machine; the number before is restored."""
+    with _threads(2):
+        yield
+
+
+@contextlib.contextmanager
+def _threads(number: int):
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -299,7 +299,9 @@ def test_a_modality_that_ranks_badly_counts_for_little(dataset, tmp_path):
 
 
 @pytest.mark.parametrize("model", ["mmkd", "lightgcn"])
-def test_a_run_has_the_same_bits_whether_gradients_are_held_or_written(model, dataset, tmp_path, monkeypatch):
+def test_a_run_has_the_same_bits_whether_gradients_are_held_or_written(
+    model, dataset, tmp_path, monkeypatch, one_thread
+):
     if torch.ops.mmkd.cpu_isa() == "generic" or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         pytest.skip("this processor rounds products that torch's build or ours does not")
     config = quick(model=model, dim=16, baselines=[], teacher={"neighbors": 0})

@@ -37,8 +37,8 @@ MMKD_INLINE void adamw_step(V g, V& w, V& m, V& v, T l2, const StepSizes<T>& k) 
   if (l2 != T(0)) g += rounded(w * l2);
   w = rounded(w * k.keep);
   const V change = g - m;
-  m = k.lerp < T(0.5) ? change * k.lerp + m : change * (k.lerp - T(1)) + g;
-  v = (g * k.square) * g + rounded(v * k.beta2);
+  m = k.lerp < T(0.5) ? multiply_add(change, V{} + k.lerp, m) : multiply_add(change, V{} + (k.lerp - T(1)), g);
+  v = multiply_add(rounded(g * k.square), g, rounded(v * k.beta2));
   const V denominator = Num<V>::sqrt(v) / k.root + k.eps;
   w += (m * -k.size) / denominator;
 }

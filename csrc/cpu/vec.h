@@ -221,6 +221,21 @@ MMKD_INLINE vd multiply_add(vd a, vd b, vd c) {
 #endif
 }
 
+MMKD_INLINE float multiply_add(float a, float b, float c) {
+#if defined(__FMA__)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+MMKD_INLINE double multiply_add(double a, double b, double c) {
+#if defined(__FMA__)
+  return __builtin_fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 // Sum of a vector's lanes, in a fixed order: halves are added until one lane is left.
 template <class A, class V>
 MMKD_INLINE A halves_sum(V v) {

@@ -176,7 +176,8 @@ def propagate_adamw_(
         weight <- weight - lr / (1 - b1^step) exp_avg / (sqrt(exp_avg_sq / (1 - b2^step)) + eps)
 
     On a CPU the last layer back and the step are one pass over the table: `G` is never written. The bits are those of
-    `propagate`'s backward and `torch.optim.AdamW(fused=True)` (where the processor fuses multiply and add).
+    `propagate`'s backward and `torch.optim.AdamW(fused=True)` (where the processor fuses multiply and add, and but for the
+    few elements at the ends of its threads' shares that torch computes one by one).
 
     Args:
         graph: gives `Â`.

@@ -22,7 +22,8 @@ class Propagated(Protocol):
 
 
 class PropagatedAdamW(torch.optim.AdamW):
-    """`torch.optim.AdamW(fused=True)`, to the bit, that steps `model.table` while the last layer of its gradient is made.
+    """`torch.optim.AdamW(fused=True)` that steps `model.table` while the last layer of its gradient is made; it rounds where
+    torch does (:func:`mmkd.ops.propagate_adamw_`).
 
     Where the model cannot hold its gradient back (a GPU, 16-bit propagation, a table that is not only propagated) it is
     torch's and nothing else. State and checkpoints are the same.

@@ -84,7 +84,7 @@ def trained(model: LightGCN, optimizer: torch.optim.Optimizer, steps: int = 4) -
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
 @pytest.mark.parametrize("d", [16, 40, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_the_optimizer_has_the_bits_of_torchs(dtype, d, num_layers, decay):
+def test_the_optimizer_has_the_bits_of_torchs(dtype, d, num_layers, decay, one_thread):
     if not fuses():
         pytest.skip("this processor rounds products that torch's build or ours does not")
     g = make_graph(3000, 800, 20_000)
