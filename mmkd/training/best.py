@@ -13,13 +13,13 @@ from mmkd.files import explained
 
 
 class BestWeights:
-    """A copy of some named tensors in a file without a name in `folder`, which goes with the process.
+    """A copy of some named tensors in a file without a name in `folder`, which goes with the process; messages call it `name`.
 
     A new copy is written before or behind the one there is and counts from the moment it is complete, so a full disk costs none.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, name: str = "best weights") -> None:
+        self._folder, self._name = folder, name
         self._file = None
         self._index: list[tuple[str, torch.dtype, torch.Size, int]] = []  # name, dtype, shape, where in the file
         self._taken = range(0)  # bytes of the file
@@ -35,7 +35,7 @@ class BestWeights:
         """
         named = [(name, t.detach()) for name, t in tensors]
         size = sum(t.nbytes for _, t in named)
-        with explained(self._folder / "best weights"):
+        with explained(self._folder / self._name):
             if self._file is None:
                 self._file = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115, closed with this object
             start = 0 if self._taken.start >= size else self._taken.stop  # where the copy before is not

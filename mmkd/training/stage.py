@@ -212,7 +212,7 @@ class Stage:
         self.dataset, self.folder, self.steps = dataset, folder, steps
         self.stop = stop or Stop()
         self.path = folder.checkpoint(task.name)
-        self.best = BestWeights(self.path.parent)
+        self.best = BestWeights(self.path.parent, f"best weights of {task.name}")
         self.validate = dataset.val is not None and dataset.val.nnz > 0
         # Reading a loss from a GPU waits for it, so there it is done for 16 steps at a time.
         self.look_every = 1 if next(task.model.parameters()).device.type == "cpu" else 16

@@ -257,7 +257,9 @@ def test_a_full_disk_stops_the_run_keeps_the_checkpoint_and_the_run_goes_on(whol
     assert run(jobs.result_of, report, jobs.small_files, jobs.train, out)[0] == 0
     kind, text = json.loads(report.read_text())
     assert (
-        kind == "WriteError" and "teacher.safetensors cannot be written: File too large" in text and "--resume" in text
+        kind == "WriteError"
+        and "best weights of teacher cannot be written: File too large" in text
+        and "--resume" in text
     )
     assert not list((out / "checkpoints").glob(".*"))
     assert_all_readable(out)
