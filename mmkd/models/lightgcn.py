@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import Tensor, nn
 
@@ -30,7 +32,8 @@ class RowGradient:
     """The gradient of a propagated table, held at the rows that were propagated to instead of going back through the layers.
 
     An optimizer that takes it from here (:class:`mmkd.training.optim.PropagatedAdamW`) makes the last layer back and its
-    step one pass; no gradient ``[N, d]`` is written. Belongs to the model whose ``hold_gradient`` made it.
+    step one pass; no gradient ``[N, d]`` is written. Belongs to the optimizer that asked the model's ``hold_gradient`` for it;
+    when that is gone, gradients are autograd's again.
 
     Attributes:
         rows: int64 ``[n]``, node ids. grad: ``[n, d]``, of what ``propagate`` gave for them; None before a backward pass.
@@ -48,12 +51,17 @@ class RowGradient:
         self.l2: Tensor | None = None
 
     def put(self, rows: Tensor, grad: Tensor) -> None:
-        """What a backward pass arrives with; the second one before a step is an error."""
+        """What a backward pass arrives with; a second one before a step is an error."""
         if self.grad is not None:
             raise RuntimeError(
-                "the gradient of the step before is still here: call optimizer.zero_grad() before a backward pass"
+                "a second backward pass before step(): one forward(rows) a step, optimizer.materialize() between two, or "
+                "optimizer.zero_grad() to drop the first"
             )
         self.rows, self.grad = rows, grad
+
+    def in_order(self) -> bool:
+        """Whether the rows ascend, each once."""
+        return bool((self.rows.diff() > 0).all())
 
     def dense(self, table: Tensor) -> Tensor:
         """``[N, d]``, what autograd would have given."""
@@ -70,13 +78,14 @@ class RowGradient:
 class _Hold(torch.autograd.Function):
     @staticmethod
     def forward(ctx, table: Tensor, held: RowGradient, rows: Tensor) -> Tensor:
-        ctx.held, ctx.rows = held, rows
+        ctx.held = held
+        ctx.save_for_backward(rows)
         return ops.propagate(held.graph, table.detach(), held.layers, rows=rows)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
-        ctx.held.put(ctx.rows, grad)
+        ctx.held.put(*ctx.saved_tensors, grad)
         return None, None, None
 
 
@@ -85,17 +94,44 @@ def propagated(
     held: RowGradient | None,
 ) -> Tensor:  # fmt: skip
     """``propagate`` as the models train with it: in the type ``compute``, and into ``held`` where it is to hold the gradient."""
-    if held is not None and rows is not None and torch.is_grad_enabled():
+    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if held is not None and rows is not None and torch.is_grad_enabled() and not transformed:
         return _Hold.apply(x, held, rows)
     return ops.propagate(graph, rounded(x, compute), layers, rows=rows)
 
 
 def can_hold(table: Tensor, compute: torch.dtype | None) -> bool:
     """Whether there is a kernel that takes a :class:`RowGradient` of this table."""
+    if table.dtype not in (torch.float32, torch.float64) or not table.is_contiguous():
+        return False
     return compute is None and backends.why_not("propagate_adamw", "cpp", table.device.type) is None
 
 
-class LightGCN(nn.Module):
+class HoldsGradient:
+    """Part of a module whose ``table`` is propagated, for an optimizer that takes a :class:`RowGradient`.
+
+    The module only refers to it: without its optimizer, and in copies of the module, gradients are autograd's.
+    """
+
+    _held: weakref.ref[RowGradient] | None = None
+
+    def __getstate__(self) -> dict:
+        return {key: value for key, value in self.__dict__.items() if key != "_held"}
+
+    @property
+    def held(self) -> RowGradient | None:
+        """Where backward passes leave the table's gradient; None: in ``table.grad``."""
+        return None if self._held is None else self._held()
+
+    def _hold(self, graph: BipartiteGraph, layers: int, compute: torch.dtype | None) -> RowGradient | None:
+        held = self.held
+        if held is None and can_hold(self.table, compute):
+            held = RowGradient(graph, layers)
+            self._held = weakref.ref(held)
+        return held
+
+
+class LightGCN(HoldsGradient, nn.Module):
     """``E = 1/(L+1) sum_l A_hat^l E0`` over a table ``E0`` of users, then items.
 
     Args:
@@ -116,13 +152,11 @@ class LightGCN(nn.Module):
         self.graph = graph
         self.layers, self.compute = layers, compute
         self.table = nn.Parameter(table.detach().clone())
-        self.held: RowGradient | None = None
 
     def hold_gradient(self) -> RowGradient | None:
-        """From now on backward passes leave the table's gradient in the result, not in ``table.grad``; None where they
-        cannot. For an optimizer that fetches it there."""
-        self.held = RowGradient(self.graph, self.layers) if can_hold(self.table, self.compute) else None
-        return self.held
+        """While the caller keeps the result, backward passes leave the table's gradient in it, not in ``table.grad``; None
+        where they cannot."""
+        return self._hold(self.graph, self.layers, self.compute)
 
     def forward(self, rows: Tensor | None = None) -> Tensor:
         return propagated(self.graph, self.table, self.layers, rows, self.compute, self.held)

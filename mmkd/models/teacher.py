@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mmkd.graph import BipartiteGraph, ItemRows
 from mmkd.models.features import FeatureTable, project_raw
-from mmkd.models.lightgcn import RowGradient, can_hold, initial_table, propagated, rounded
+from mmkd.models.lightgcn import HoldsGradient, RowGradient, initial_table, propagated, rounded
 from mmkd.models.neighbors import NeighborGraph
 from mmkd.models.prompt import Prompt
 
@@ -112,7 +112,7 @@ def prompt_parts(design: Tensor, stacked: Tensor, mixed: list[Tensor], grams: li
     return torch.cat([rows @ (both @ part) for rows, part in zip(scaled, mixed, strict=True)], 1)
 
 
-class Teacher(nn.Module):
+class Teacher(HoldsGradient, nn.Module):
     """Graph encoder of ids plus prompt-guided encoders of every modality.
 
     ``f^m = dropout(X^m W^m + lambda_1 c p (p^T (X^m W^m)) + b^m)``, ``F_u^m = R_hat f^m``, ``F_i^m = R_hat^T F_u^m``,
@@ -166,7 +166,6 @@ class Teacher(nn.Module):
         self.layers, self.feature_layers = layers, feature_layers
         self.strength, self.norm, self.dropout, self.compute = strength, norm, dropout, compute
         self.table = nn.Parameter(initial_table(graph.num_nodes, dim, init, generator, dtype))
-        self.held: RowGradient | None = None
         self.weights = nn.ParameterList(
             nn.init.xavier_uniform_(torch.empty(table.width, dim, dtype=dtype), generator=generator)
             for table in features
@@ -178,9 +177,7 @@ class Teacher(nn.Module):
 
     def hold_gradient(self) -> RowGradient | None:
         """As :meth:`LightGCN.hold_gradient`; None with ``neighbors``, which the id table goes through first."""
-        if not self.neighbors and can_hold(self.table, self.compute):
-            self.held = RowGradient(self.graph, self.layers)
-        return self.held
+        return None if self.neighbors else self._hold(self.graph, self.layers, self.compute)
 
     def _constants(self) -> None:
         """``B^m = [H 1]^T X^m`` of every modality, and for ``norm="row"`` ``Q^m = B^m B^m^T``."""

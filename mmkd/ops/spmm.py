@@ -190,7 +190,8 @@ def propagate_adamw_(
 
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype, layout or device (named), or `step` below 1.
-        RuntimeError: `rows` is not ascending or out of range; nothing has been changed then.
+        RuntimeError: `rows` is not ascending or out of range; nothing has been changed then. The graph's columns have been
+            tampered with; rows before the wrong one may have made their step.
     """
     check_floating(grad, "grad")
     if grad.dtype not in (torch.float32, torch.float64):
@@ -207,6 +208,10 @@ def propagate_adamw_(
     check_no_grad(l2, "l2")
     l2 = vector(l2, "l2", rows.numel(), grad.dtype)
     check_same_device(("grad", grad), *tables.items(), ("rows", rows), ("l2", l2))
+    if graph.device != grad.device:
+        raise ValueError(f"graph: expected on {grad.device} like grad, got {graph.device}; use graph.to(grad.device)")
+    if len({t.data_ptr() for t in tables.values()}) < 3 and weight.numel():
+        raise ValueError("weight, exp_avg, exp_avg_sq: expected three tables, got the same one twice")
     if num_layers < 0 or step < 1:
         raise ValueError(f"num_layers, step: expected >= 0 and >= 1, got {num_layers} and {step}")
     given = graph.rowptr, graph.col, graph.scale_as(grad.dtype), dense(grad), num_layers, dense(rows)

@@ -56,6 +56,12 @@ class BestWeights:
             out[name] = t
         return out
 
+    def close(self) -> None:
+        """Lets go of the copy and its file."""
+        if self._file is not None:
+            self._file.close()
+        self._file, self._index, self._taken = None, [], range(0)
+
     def _write(self, t: Tensor, at: int) -> int:
         left = _bytes(t.cpu().contiguous())
         self._file.seek(at)

@@ -232,12 +232,16 @@ class Stage:
         """
         optimizer = self.task.optimizer()
         with self.stop.held():
-            state, sums = self._restore(optimizer)
+            state, best, sums = self._restore(optimizer)
             self.folder.forget(self.task.name, after=state["epoch"])
             if not state["finished"]:
+                if best:
+                    self.best.keep(best.items())
                 self._epochs(optimizer, state, sums)
                 self._save(optimizer, state)
-            self._load(self.best.tensors())
+                best = self.best.tensors()
+                self.best.close()
+            self._load(best)
         return StageResult(
             state["best_epoch"],
             state["best_metric"],
@@ -246,10 +250,10 @@ class Stage:
             state["bad"] >= self.settings.patience,
         )
 
-    def _restore(self, optimizer) -> tuple[dict, dict[str, Tensor]]:
-        """Counters and the sums of an epoch under way."""
+    def _restore(self, optimizer) -> tuple[dict, dict[str, Tensor], dict[str, Tensor]]:
+        """Counters, best weights so far and the sums of an epoch under way."""
         if not self.path.exists():
-            return dict(_START), {}
+            return dict(_START), {}, {}
         tensors, state = load_checkpoint(self.path)
         state = {**_START, **state}
         wrong = [key for key, start in _START.items() if not _like(state[key], start)]
@@ -267,9 +271,7 @@ class Stage:
             raise CheckpointError(
                 f"checkpoint {self.path}: finished, but without best weights; remove it to start over"
             )
-        if best:
-            self.best.keep(best.items())
-        return state, _under(tensors, "sums.")
+        return state, best, _under(tensors, "sums.")
 
     def _check_weights(self, state: dict) -> None:
         name = first_bad(self.task.model.named_parameters())

@@ -3,6 +3,10 @@ optimizer that uses it."""
 
 from __future__ import annotations
 
+import copy
+import gc
+import pickle
+
 import pytest
 import torch
 
@@ -120,7 +124,7 @@ def test_what_is_held_can_be_looked_at_and_added_to():
     rows = torch.tensor([3, 9, 40])
     model(rows).square().sum().backward()
     plain(rows).square().sum().backward()
-    with pytest.raises(RuntimeError, match="zero_grad"):
+    with pytest.raises(RuntimeError, match="a second backward pass before step"):
         model(rows).square().sum().backward()
     model.held.l2 = torch.tensor([0.0, 2.0, 0.5], dtype=torch.float64)
     plain.table.grad[rows] += model.held.l2[:, None]
@@ -139,11 +143,68 @@ def test_what_is_held_can_be_looked_at_and_added_to():
         optimizer.step(lambda: 0.0)
 
 
+def test_a_refused_step_does_not_count():
+    g = make_graph()
+    models = [LightGCN(g, torch.ones(g.num_nodes, 16), 2) for _ in range(2)]
+    optimizers = [PropagatedAdamW(m, [{"params": [m.table]}], 1e-2) for m in models]
+    for model in models:
+        model(torch.tensor([3, 9, 40])).square().sum().backward()
+    models[0].held.grad, grad = models[0].held.grad.half(), models[0].held.grad
+    with pytest.raises(TypeError, match="grad"):
+        optimizers[0].step()
+    models[0].held.grad = grad
+    for optimizer in optimizers:
+        optimizer.step()
+    assert torch.equal(models[0].table, models[1].table) and optimizers[0].state[models[0].table]["step"] == 1
+
+
+def test_rows_in_any_order_and_options_that_are_torchs():
+    g = make_graph()
+    rows = torch.tensor([40, 3, 9, 3])
+    for options in ({}, {"maximize": True}, {"amsgrad": True}):
+        ours, plain = (LightGCN(g, torch.ones(g.num_nodes, 16, dtype=torch.float64), 2) for _ in range(2))
+        mine = PropagatedAdamW(ours, [{"params": [ours.table], **options}], 1e-2)
+        torchs = torch.optim.AdamW([{"params": [plain.table], **options}], lr=1e-2, weight_decay=0.0, fused=True)
+        for model, optimizer in ((ours, mine), (plain, torchs)):
+            model(rows if not options else rows.unique()).square().sum().backward()
+            optimizer.step()
+        torch.testing.assert_close(ours.table, plain.table, atol=1e-13, rtol=0)
+
+
+def test_without_its_optimizer_and_in_copies_a_model_is_autograds():
+    g = make_graph()
+    model, rows = LightGCN(g, torch.ones(g.num_nodes, 16), 2), torch.tensor([3, 9])
+    optimizer = PropagatedAdamW(model, [{"params": [model.table]}], 1e-2)
+    assert PropagatedAdamW(model, [{"params": [model.table]}], 1e-2).held is optimizer.held is model.held
+    twin, also = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    for other in (twin, also):
+        other(rows).sum().backward()
+        assert other.held is None and other.table.grad is not None and model.held.grad is None
+    again = copy.deepcopy(optimizer)
+    again.zero_grad()
+    again.step()
+    del optimizer
+    gc.collect()
+    model(rows).sum().backward()
+    assert model.held is None and model.table.grad is not None
+    with pytest.raises(ValueError, match="params: expected the model's table"):
+        PropagatedAdamW(model, [{"params": [torch.nn.Parameter(torch.ones(2))]}], 1e-2)
+
+
+def test_compiled_and_transformed_the_model_is_autograds():
+    g = make_graph()
+    model, rows = LightGCN(g, torch.ones(g.num_nodes, 16), 2), torch.tensor([3, 9])
+    optimizer = PropagatedAdamW(model, [{"params": [model.table]}], 1e-2)
+    torch.compile(lambda r: model(r).sum(), fullgraph=True, backend="aot_eager")(rows).backward()
+    assert model.table.grad is not None and optimizer.held.grad is None
+
+
 def test_models_that_cannot_hold_are_trained_by_torch():
     g = make_graph()
     table = torch.randn(g.num_nodes, 8)
-    narrow = LightGCN(g, table, 2, torch.bfloat16)
-    for model in (GCNStudent(g, table, 1), MLPStudent(g, table, 1), narrow):
+    narrow, across = LightGCN(g, table, 2, torch.bfloat16), LightGCN(g, torch.randn(8, g.num_nodes).T, 2)
+    for model in (GCNStudent(g, table, 1), MLPStudent(g, table, 1), narrow, across, LightGCN(g, table.bfloat16(), 2)):
+        table = model.table.detach().clone()
         optimizer = PropagatedAdamW(model, [{"params": list(model.parameters())}], 1e-2)
         model(torch.tensor([1, 2])).square().sum().backward()
         assert optimizer.held is None and model.table.grad is not None
@@ -167,6 +228,7 @@ def test_refusals_name_the_argument_and_change_nothing():
         (ValueError, "grad: expected shape", lambda: ops.propagate_adamw_(g, grad[:2], 2, rows, *tables, **step)),
         (ValueError, "weight: expected shape", lambda: ops.propagate_adamw_(g, grad, 2, rows, tables[0][:9], *tables[1:], **step)),
         (ValueError, "weight: expected a contiguous", lambda: ops.propagate_adamw_(g, grad, 2, rows, torch.randn(16, g.num_nodes).T, *tables[1:], **step)),
+        (ValueError, "expected three tables", lambda: ops.propagate_adamw_(g, grad, 2, rows, tables[0], tables[0], tables[2], **step)),
         (ValueError, "l2: expected", lambda: ops.propagate_adamw_(g, grad, 2, rows, *tables, l2=l2[:3], **step)),
         (ValueError, "step: expected", lambda: ops.propagate_adamw_(g, grad, 2, rows, *tables, step=0, lr=1.0)),
         (ValueError, "num_layers", lambda: ops.propagate_adamw_(g, grad, -1, rows, *tables, **step)),
