@@ -23,6 +23,7 @@ class GCNStudent(LightGCN):
 
     def hold_gradient(self) -> None:
         """None: the table is not only propagated."""
+        return None
 
     def forward(self, rows: Tensor | None = None) -> Tensor:
         users, items = self.table.split([self.graph.num_users, self.graph.num_items])
@@ -51,6 +52,7 @@ class MLPStudent(LightGCN):
 
     def hold_gradient(self) -> None:
         """None: the table is not only propagated."""
+        return None
 
     def forward(self, rows: Tensor | None = None) -> Tensor:
         start = self.table if rows is None else self.table.index_select(0, rows)
