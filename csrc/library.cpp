@@ -77,6 +77,13 @@ STABLE_TORCH_LIBRARY(mmkd, m) {
   m.def(
       "emb_kd_backward(Tensor grad, Tensor student, Tensor teachers, Tensor modality_weights, Tensor stats, "
       "float gamma, bool need_student, bool need_teachers) -> (Tensor, Tensor)");
+  // The weighted sum of the student's losses, each of them, and the gradients of the sum, made on the way.
+  m.def(
+      "distill(Tensor table, int num_users, Tensor users, Tensor candidates, Tensor? teacher_margin, Tensor? "
+      "teacher_logits, Tensor nodes, Tensor? targets, Tensor list_weights, Tensor emb_weights, float bpr, float pair, "
+      "float list, float emb, float pair_tau, bool bernoulli, float alpha, float beta, float list_tau, bool coupled, "
+      "float gamma, bool need_table, bool need_margin, bool need_logits, bool need_targets) -> (Tensor loss, Tensor "
+      "terms, Tensor grad_table, Tensor grad_margin, Tensor grad_logits, Tensor grad_targets)");
   // Gradients that are not there are None; the one of `state` comes back.
   m.def(
       "frozen_teacher(Tensor content, Tensor design, Tensor ids, Tensor omega, Tensor state, Tensor nodes, Tensor "

@@ -22,11 +22,12 @@ OPS = {
     "bpr_kd": ("bpr_kd", "bpr_kd_backward"),
     "list_kd": ("list_kd", "list_kd_backward", "list_scores", "list_scores_backward"),
     "emb_kd": ("emb_kd", "emb_kd_backward"),
+    "distill": ("distill",),
     "topk": ("topk",),
     "frozen_teacher": ("frozen_teacher", "frozen_teacher_backward"),
 }
 # off the CPU the doors of these compose library products and other ops
-CPU_ONLY = ("propagate_adamw", "frozen_teacher")
+CPU_ONLY = ("propagate_adamw", "frozen_teacher", "distill")
 ORDER = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
 # what is known of the GPU kernels' speed: docs/performance.md
 TIMED_ON = "timed on an H100, not yet on other GPUs"

@@ -1,8 +1,25 @@
 // bpr_kd on the CPU: margins, losses and coefficients block by block; table gradients grouped by the row they go to.
-#include "cpu/bpr_kd_kernel.h"
+#include "cpu/loss_args.h"
 #include "cpu/pair_grads.h"
 
 namespace mmkd {
+
+PairArgs pair_args(const OptTensor& teacher, int64_t batch, bool f64, double tau, bool bernoulli) {
+  if (teacher) {
+    check_dim(*teacher, "teacher_margin", 1);
+    check_size(*teacher, "teacher_margin", 0, batch);
+    check_type(*teacher, "teacher_margin", f64 ? ScalarType::Double : ScalarType::Float);
+    MMKD_CHECK(teacher->is_contiguous(), "teacher_margin: expected a contiguous tensor");
+  }
+  MMKD_CHECK(tau > 0, "tau: expected > 0, got ", tau);
+  PairArgs a{};
+  a.f64 = f64;
+  a.teacher = teacher ? teacher->const_data_ptr() : nullptr;
+  a.tau = tau;
+  a.bernoulli = bernoulli;
+  return a;
+}
+
 namespace {
 
 MarginArgs margin_args(const Tensor& user_emb, const Tensor& item_emb, const Tensor& users, const Tensor& pos,
@@ -26,28 +43,13 @@ MarginArgs margin_args(const Tensor& user_emb, const Tensor& item_emb, const Ten
   fail("users, pos, neg: changed while they were being read");
 }
 
-void check_margin(const Tensor& margin) {
+PairArgs args_of(const Tensor& margin, const OptTensor& teacher, double tau, bool bernoulli) {
   check_dim(margin, "margin", 1);
   MMKD_CHECK(margin.scalar_type() == ScalarType::Float || margin.scalar_type() == ScalarType::Double,
              "margin: expected float32 or float64, got ", torch::headeronly::toString(margin.scalar_type()));
   MMKD_CHECK(margin.is_contiguous(), "margin: expected a contiguous tensor");
-}
-
-PairArgs pair_args(const Tensor& margin, const OptTensor& teacher, double tau, bool bernoulli) {
-  check_margin(margin);
-  if (teacher) {
-    check_dim(*teacher, "teacher_margin", 1);
-    check_size(*teacher, "teacher_margin", 0, margin.numel());
-    check_type(*teacher, "teacher_margin", margin.scalar_type());
-    MMKD_CHECK(teacher->is_contiguous(), "teacher_margin: expected a contiguous tensor");
-  }
-  MMKD_CHECK(tau > 0, "tau: expected > 0, got ", tau);
-  PairArgs a{};
-  a.f64 = margin.scalar_type() == ScalarType::Double;
+  PairArgs a = pair_args(teacher, margin.numel(), margin.scalar_type() == ScalarType::Double, tau, bernoulli);
   a.margin = margin.const_data_ptr();
-  a.teacher = teacher ? teacher->const_data_ptr() : nullptr;
-  a.tau = tau;
-  a.bernoulli = bernoulli;
   return a;
 }
 
@@ -80,7 +82,7 @@ std::tuple<Tensor, Tensor, Tensor> bpr_kd(Tensor user_emb, Tensor item_emb, Tens
   MarginArgs m = margin_args(user_emb, item_emb, users, pos, neg);
   Tensor margin = empty({users.numel()}, user_emb, accumulate_type(user_emb.scalar_type()));
   m.margin = margin.mutable_data_ptr();
-  const PairArgs a = pair_args(margin, teacher_margin, tau, bernoulli);
+  const PairArgs a = args_of(margin, teacher_margin, tau, bernoulli);
   bool good = true;
   auto [bpr, pair] = losses(a, margin, [&](int64_t b, int64_t e) { return MMKD_ON_ISA(bpr_margins(m, b, e)); }, good);
   if (!good) fail_indices(m, users, pos, neg);
@@ -94,7 +96,7 @@ std::tuple<Tensor, Tensor, Tensor> bpr_kd_backward(Tensor grad_bpr, Tensor grad_
   const MarginArgs m = margin_args(user_emb, item_emb, users, pos, neg);
   check_type(margin, "margin", accumulate_type(user_emb.scalar_type()));
   check_size(margin, "margin", 0, users.numel());
-  PairArgs a = pair_args(margin, teacher_margin, tau, bernoulli);
+  PairArgs a = args_of(margin, teacher_margin, tau, bernoulli);
   take_scales(a, grad_bpr, grad_pair, margin);
   const int64_t n = users.numel(), blocks = num_blocks(n);
   Tensor grad_teacher = empty({need_teacher && teacher_margin ? n : 0}, margin);
@@ -106,7 +108,7 @@ std::tuple<Tensor, Tensor, Tensor> bpr_kd_backward(Tensor grad_bpr, Tensor grad_
     a.grad_pair = weights.get();
     for (int64_t b = 0; b < n; ++b) items[2 * b] = m.pos[b], items[2 * b + 1] = m.neg[b];
   }
-  PairGrads grads(user_emb, item_emb, m.users, items.get(), n, 2, need_user, need_item);
+  PairGrads grads(tables_of(user_emb, item_emb), m.users, items.get(), n, 2, need_user, need_item);
   const int64_t tasks = need_tables ? grads.tasks() : 0;
   for_chunks(
       tasks + blocks,
@@ -118,19 +120,19 @@ std::tuple<Tensor, Tensor, Tensor> bpr_kd_backward(Tensor grad_bpr, Tensor grad_
       blocks == 1);
   if (!need_tables) return {empty({0}, user_emb), empty({0}, item_emb), grad_teacher};
   if (!grads.good()) fail_indices(m, users, pos, neg);
-  auto [grad_user, grad_item] = grads.write(weights.get());
+  auto [grad_user, grad_item] = grads.write(weights.get(), user_emb, item_emb);
   return {grad_user, grad_item, grad_teacher};
 }
 
 std::tuple<Tensor, Tensor> bpr_kd_scores(Tensor margin, OptTensor teacher_margin, double tau, bool bernoulli) {
   bool good = true;
-  return losses(pair_args(margin, teacher_margin, tau, bernoulli), margin, [](int64_t, int64_t) { return true; }, good);
+  return losses(args_of(margin, teacher_margin, tau, bernoulli), margin, [](int64_t, int64_t) { return true; }, good);
 }
 
 std::tuple<Tensor, Tensor> bpr_kd_scores_backward(Tensor grad_bpr, Tensor grad_pair, Tensor margin,
                                                   OptTensor teacher_margin, double tau, bool bernoulli,
                                                   bool need_student, bool need_teacher) {
-  PairArgs a = pair_args(margin, teacher_margin, tau, bernoulli);
+  PairArgs a = args_of(margin, teacher_margin, tau, bernoulli);
   take_scales(a, grad_bpr, grad_pair, margin);
   const int64_t n = margin.numel();
   Tensor grad = empty({need_student ? n : 0}, margin),

@@ -195,6 +195,7 @@ double losses_typed(const EmbKDArgs& a, int64_t begin, int64_t end) {
   constexpr int64_t lanes = Vec<A>::size;
   const int64_t m_count = a.num_teachers, d = a.d, wide = 1 + 2 * m_count;
   const A* weights = static_cast<const A*>(a.weights);
+  const bool wanted = a.grad_student || a.grad_teachers;
   double total = 0;
   for (int64_t first = begin; first < end; first += lanes) {
     const int64_t count = end - first < lanes ? end - first : lanes;
@@ -213,9 +214,9 @@ double losses_typed(const EmbKDArgs& a, int64_t begin, int64_t end) {
     Vec<A>::store(losses, loss);
     for (int64_t i = 0; i < count; ++i) total += static_cast<double>(losses[i]);
     stats.save(static_cast<A*>(a.stats) + first * wide, count, m_count);
-    if (a.grad_student) grad_rows<T>(a, first, count, stats);  // while the rows are in the first cache
+    if (wanted) grad_rows<T>(a, first, count, stats);  // while the rows are in the first cache
   }
-  if (a.grad_student && a.stream) finish_streams();
+  if (wanted && a.stream) finish_streams();
   return total;
 }
 

@@ -20,7 +20,7 @@ struct EmbKDArgs {
   double gamma;
   double scale;  // of the gradients: incoming gradient / n
 };
-// The sum of the losses of rows [begin, end); their stats are written, and grad_student, if not null, at `scale`.
+// The sum of the losses of rows [begin, end); their stats are written, and the gradients that are not null, at `scale`.
 MMKD_KERNEL(double emb_kd_losses(const EmbKDArgs& a, int64_t begin, int64_t end))
 MMKD_KERNEL(void emb_kd_grads(const EmbKDArgs& a, int64_t begin, int64_t end))
 

@@ -4,8 +4,6 @@
 #include <bit>
 #include <utility>
 
-#include "cpu/scatter_kernel.h"
-
 namespace mmkd {
 namespace {
 
@@ -44,10 +42,6 @@ RowGroups::RowGroups(int64_t n, int64_t num_rows, int64_t first, int64_t last)
 bool RowGroups::build(const int64_t* index) {
   const uint64_t span = static_cast<uint64_t>(last - first);
   const int bits = span > 1 ? std::bit_width(span - 1) : 0;
-  const int passes = (bits + kDigit - 1) / kDigit, digit = passes ? (bits + passes - 1) / passes : 0;
-  const uint32_t mask = (1u << digit) - 1;
-  uint32_t place[kPasses][1 << kDigit];
-  for (int p = 0; p < passes; ++p) std::fill_n(place[p], 1 << digit, 0u);
   uint64_t worst = 0;
   int64_t n = 0;  // positions kept; written without a branch, one place more than there are
   for (int64_t i = 0; i < n_; ++i) {
@@ -57,6 +51,11 @@ bool RowGroups::build(const int64_t* index) {
     n += local < span;
   }
   if (n_ && worst >= static_cast<uint64_t>(num_rows_)) return false;
+  const bool sorted = std::is_sorted(order.get(), order.get() + n);  // of others that is known after a few
+  const int passes = sorted ? 0 : (bits + kDigit - 1) / kDigit, digit = passes ? (bits + passes - 1) / passes : 0;
+  const uint32_t mask = (1u << digit) - 1;
+  uint32_t place[kPasses][1 << kDigit];
+  for (int p = 0; p < passes; ++p) std::fill_n(place[p], 1 << digit, 0u);
   for (int64_t i = 0; i < n; ++i) {
     for (int p = 0; p < passes; ++p) ++place[p][order[i] >> (32 + p * digit) & mask];
   }
@@ -80,10 +79,9 @@ bool RowGroups::build(const int64_t* index) {
   return true;
 }
 
-PairGrads::PairGrads(const Tensor& user_emb, const Tensor& item_emb, const int64_t* users, const int64_t* candidates,
-                     int64_t batch, int64_t fan, bool need_user, bool need_item)
-    : user_emb_(user_emb),
-      item_emb_(item_emb),
+PairGrads::PairGrads(const PairTables& tables, const int64_t* users, const int64_t* candidates, int64_t batch,
+                     int64_t fan, bool need_user, bool need_item)
+    : tables_(tables),
       users_(users),
       candidates_(candidates),
       batch_(batch),
@@ -95,8 +93,8 @@ PairGrads::PairGrads(const Tensor& user_emb, const Tensor& item_emb, const int64
     const int64_t parts = std::clamp<int64_t>(n / kSortAPart, 1, torch::stable::get_num_threads());
     for (int64_t p = 0; p < parts; ++p) groups.emplace_back(n, rows, rows * p / parts, rows * (p + 1) / parts);
   };
-  if (need_item) split(item_groups_, batch * fan, item_emb.size(0));
-  if (need_user) split(user_groups_, batch, user_emb.size(0));
+  if (need_item) split(item_groups_, batch * fan, tables.num_items);
+  if (need_user) split(user_groups_, batch, tables.num_users);
 }
 
 void PairGrads::group(int64_t task) {
@@ -108,34 +106,34 @@ void PairGrads::group(int64_t task) {
   } else if (task < of_items + of_users) {
     good = user_groups_[task - of_items].build(users_);
   } else if (task == of_items + of_users) {
-    good = need_item_ || in_range(candidates_, batch_ * fan_, item_emb_.size(0));
+    good = need_item_ || in_range(candidates_, batch_ * fan_, tables_.num_items);
   } else {
-    good = need_user_ || in_range(users_, batch_, user_emb_.size(0));
+    good = need_user_ || in_range(users_, batch_, tables_.num_users);
   }
   if (!good) good_.store(false);
 }
 
-std::tuple<Tensor, Tensor> PairGrads::write(const void* weights) {
-  const int64_t d = user_emb_.size(1);
-  const int64_t acc = accumulate_type(user_emb_.scalar_type()) == ScalarType::Double ? 8 : 4;
+void PairGrads::write(const void* weights, const GradTable& user, const GradTable& item) const {
+  const bool f64 = tables_.dtype == DType::f64;
+  const int64_t d = tables_.d, acc = f64 ? 8 : 4, element = f64 ? 8 : tables_.dtype == DType::f32 ? 4 : 2;
   struct Piece {
     SumRowsArgs args;
     int64_t begin, end;
   };
   std::vector<Piece> pieces;
   std::vector<std::unique_ptr<char[]>> entries;
-  const auto plan = [&](const std::vector<RowGroups>& all, const Tensor& table, const Tensor& source,
-                        const int64_t* source_id, int64_t fan, int64_t share, Tensor& out) {
+  const auto plan = [&](const std::vector<RowGroups>& all, int64_t table_rows, const void* source,
+                        const int64_t* source_id, int64_t fan, int64_t share, const GradTable& grad) {
     for (const RowGroups& groups : all) {
       const int64_t n = static_cast<int64_t>(groups.starts[groups.count]) * fan, rows = groups.last - groups.first;
       SumRowsArgs a{};
-      a.dtype = dtype_of(table);
+      a.dtype = tables_.dtype;
       a.d = d;
       a.order = groups.order.get();
       a.rows = groups.rows.get();
       a.starts = groups.starts.get();
       a.groups = groups.count;
-      a.source = source.const_data_ptr();
+      a.source = source;
       a.source_id = source_id;
       a.weight = weights;
       a.fan = fan;
@@ -144,8 +142,9 @@ std::tuple<Tensor, Tensor> PairGrads::write(const void* weights) {
       a.entry_id = reinterpret_cast<uint32_t*>(entries.back().get());
       entries.push_back(scratch<char>(n * acc));
       a.entry_weight = entries.back().get();
-      a.out = out.mutable_data_ptr();
-      a.stream = past_caches(a.out, out.size(0), d * static_cast<int64_t>(out.element_size()), 4);
+      a.out = grad.out;
+      a.stream = past_caches(a.out, table_rows, d * element, 4);
+      a.base = grad.base;
       // Small tables are cut finer than the zeros alone would ask for: there the sums are the work.
       const int64_t count = std::max((rows + kRowsAPiece - 1) / kRowsAPiece, std::min<int64_t>(rows, 1 + n / 512));
       for (int64_t p = 0; p < count; ++p) {
@@ -153,14 +152,20 @@ std::tuple<Tensor, Tensor> PairGrads::write(const void* weights) {
       }
     }
   };
-  Tensor grad_user = need_user_ ? empty({user_emb_.size(0), d}, user_emb_) : empty({0}, user_emb_);
-  Tensor grad_item = need_item_ ? empty({item_emb_.size(0), d}, item_emb_) : empty({0}, item_emb_);
-  plan(item_groups_, item_emb_, user_emb_, users_, 1, fan_, grad_item);
-  plan(user_groups_, user_emb_, item_emb_, candidates_, fan_, 1, grad_user);
-  const bool small = batch_ * fan_ <= kFew && grad_user.numel() + grad_item.numel() <= kFew * 64;
+  plan(item_groups_, tables_.num_items, tables_.user_emb, users_, 1, fan_, item);
+  plan(user_groups_, tables_.num_users, tables_.item_emb, candidates_, fan_, 1, user);
+  const int64_t numbers = (need_user_ ? tables_.num_users * d : 0) + (need_item_ ? tables_.num_items * d : 0);
+  const bool small = batch_ * fan_ <= kFew && numbers <= kFew * 64;
   for_chunks(
       static_cast<int64_t>(pieces.size()),
       [&](int64_t c) { MMKD_ON_ISA(sum_rows(pieces[c].args, pieces[c].begin, pieces[c].end)); }, small);
+}
+
+std::tuple<Tensor, Tensor> PairGrads::write(const void* weights, const Tensor& user_emb, const Tensor& item_emb) const {
+  Tensor grad_user = need_user_ ? empty({user_emb.size(0), tables_.d}, user_emb) : empty({0}, user_emb);
+  Tensor grad_item = need_item_ ? empty({item_emb.size(0), tables_.d}, item_emb) : empty({0}, item_emb);
+  write(weights, {need_user_ ? grad_user.mutable_data_ptr() : nullptr, {}},
+        {need_item_ ? grad_item.mutable_data_ptr() : nullptr, {}});
   return {grad_user, grad_item};
 }
 

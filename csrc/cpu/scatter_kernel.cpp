@@ -8,12 +8,16 @@ namespace {
 
 constexpr int kAhead = 12;  // entries between a prefetch and its use
 
-// out[c0 ...] for NV vectors of columns; the sums stay in registers.
+// out[c0 ...] for NV vectors of columns; the sums stay in registers. base: what they begin as, or null.
 template <int NV, class T>
 MMKD_INLINE void columns(const T* source, const uint32_t* id, const Acc<T>* weight, int64_t n, int64_t ahead, int64_t d,
-                         T* out) {
+                         const T* base, T* out) {
   using W = Vec<T>;
   typename W::V s[NV] = {};
+  if (base) {
+#pragma GCC unroll 16
+    for (int v = 0; v < NV; ++v) s[v] = W::load(base + v * W::size);
+  }
   for (int64_t j = 0; j < n; ++j) {
     if (j + kAhead < ahead) {
       const char* next = reinterpret_cast<const char*>(source + static_cast<int64_t>(id[j + kAhead]) * d);
@@ -29,9 +33,9 @@ MMKD_INLINE void columns(const T* source, const uint32_t* id, const Acc<T>* weig
 }
 
 template <class T>
-void narrow(const T* source, const uint32_t* id, const Acc<T>* weight, int64_t n, int64_t d, T* out) {
+void narrow(const T* source, const uint32_t* id, const Acc<T>* weight, int64_t n, int64_t d, const T* base, T* out) {
   for (int64_t c = 0; c < d; ++c) {
-    Acc<T> s = 0;
+    Acc<T> s = base ? Element<T>::load(base + c) : Acc<T>(0);
     for (int64_t j = 0; j < n; ++j) s += weight[j] * Element<T>::load(source + static_cast<int64_t>(id[j]) * d + c);
     Element<T>::store(out + c, s);
   }
@@ -40,22 +44,26 @@ void narrow(const T* source, const uint32_t* id, const Acc<T>* weight, int64_t n
 // Any d: wide passes, then narrower ones; a last odd piece is one vector that overlaps what is already written.
 template <class T>
 MMKD_INLINE void sum_row(const T* source, const uint32_t* id, const Acc<T>* weight, int64_t n, int64_t ahead, int64_t d,
-                         T* out) {
+                         const T* base, T* out) {
   constexpr int64_t w = Vec<T>::size;
-  if (d < w) return narrow(source, id, weight, n, d, out);
+  if (d < w) return narrow(source, id, weight, n, d, base, out);
   int64_t c = 0;
-  for (; c + 8 * w <= d; c += 8 * w) columns<8>(source + c, id, weight, n, ahead, d, out + c);
-  if (c + 4 * w <= d) columns<4>(source + c, id, weight, n, ahead, d, out + c), c += 4 * w;
-  if (c + 2 * w <= d) columns<2>(source + c, id, weight, n, ahead, d, out + c), c += 2 * w;
-  if (c + w <= d) columns<1>(source + c, id, weight, n, ahead, d, out + c), c += w;
-  if (c < d) columns<1>(source + d - w, id, weight, n, ahead, d, out + d - w);
+  const auto pass = [&]<int NV>(int64_t at) {
+    columns<NV>(source + at, id, weight, n, ahead, d, base ? base + at : nullptr, out + at);
+  };
+  for (; c + 8 * w <= d; c += 8 * w) pass.template operator()<8>(c);
+  if (c + 4 * w <= d) pass.template operator()<4>(c), c += 4 * w;
+  if (c + 2 * w <= d) pass.template operator()<2>(c), c += 2 * w;
+  if (c + w <= d) pass.template operator()<1>(c), c += w;
+  if (c < d) pass.template operator()<1>(d - w);
 }
 
-MMKD_INLINE int64_t first_group(const SumRowsArgs& a, int64_t row) {
-  int64_t lo = 0, hi = a.groups;
+// The first of `groups` ascending rows that is not below `row`.
+MMKD_INLINE int64_t first_group(const uint32_t* rows, int64_t groups, int64_t row) {
+  int64_t lo = 0, hi = groups;
   while (lo < hi) {
     const int64_t mid = lo + (hi - lo) / 2;
-    if (a.rows[mid] < row) {
+    if (rows[mid] < row) {
       lo = mid + 1;
     } else {
       hi = mid;
@@ -85,23 +93,42 @@ MMKD_INLINE void expand(const SumRowsArgs& a, int64_t begin, int64_t end) {
   }
 }
 
+// What group g begins as: the row of source it names, to which the others it names were added.
+template <class T>
+MMKD_INLINE const T* base_row(const BaseRows& base, int64_t g, int64_t d) {
+  T* source = static_cast<T*>(base.source);
+  T* sum = source + static_cast<int64_t>(static_cast<uint32_t>(base.order[base.starts[g]])) * d;
+  for (int64_t p = base.starts[g] + 1; p < base.starts[g + 1]; ++p) {
+    const T* more = source + static_cast<int64_t>(static_cast<uint32_t>(base.order[p])) * d;
+    for (int64_t c = 0; c < d; ++c) {
+      Element<T>::store(sum + c, Element<T>::load(sum + c) + Element<T>::load(more + c));
+    }
+  }
+  return sum;
+}
+
 template <class T>
 void sum_rows_typed(const SumRowsArgs& a, int64_t begin, int64_t end) {
   const T* source = static_cast<const T*>(a.source);
   const Acc<T>* weight = static_cast<const Acc<T>*>(a.entry_weight);
   T* out = static_cast<T*>(a.out);
-  const int64_t first = first_group(a, begin), last = first_group(a, end);
+  const int64_t first = first_group(a.rows, a.groups, begin), last = first_group(a.rows, a.groups, end);
   const int64_t stop = a.starts[last] * a.fan;
   expand<Acc<T>>(a, a.starts[first], a.starts[last]);
   const auto zeros = [&](int64_t from, int64_t to) {
     const int64_t bytes = (to - from) * a.d * static_cast<int64_t>(sizeof(T));
     a.stream ? zero_past_caches(out + from * a.d, bytes) : static_cast<void>(memset(out + from * a.d, 0, bytes));
   };
+  const BaseRows& base = a.base;
+  const int64_t last_base = first_group(base.rows, base.groups, end + base.shift);
   int64_t next = begin;  // the first row not yet written
-  for (int64_t g = first; g < last; ++g) {
-    const int64_t row = a.rows[g], lo = a.starts[g] * a.fan, hi = a.starts[g + 1] * a.fan;
+  for (int64_t g = first, h = first_group(base.rows, base.groups, begin + base.shift); g < last || h < last_base;) {
+    const int64_t named = g < last ? a.rows[g] : end, based = h < last_base ? base.rows[h] - base.shift : end;
+    const int64_t row = named < based ? named : based, lo = g < last ? a.starts[g] * a.fan : stop;
+    const int64_t hi = named == row ? a.starts[++g] * a.fan : lo;
+    const T* from = based == row ? base_row<T>(base, h++, a.d) : nullptr;
     zeros(next, row);
-    sum_row(source, a.entry_id + lo, weight + lo, hi - lo, stop - lo, a.d, out + row * a.d);
+    sum_row(source, a.entry_id + lo, weight + lo, hi - lo, stop - lo, a.d, from, out + row * a.d);
     next = row + 1;
   }
   zeros(next, end);

@@ -7,8 +7,19 @@
 
 namespace mmkd {
 
+// Rows of the result that begin as something other than zero: row rows[g] - shift, as the sum of the rows of `source`
+// that positions starts[g] to starts[g + 1] of `order` name. Rows that are summed are summed in place.
+struct BaseRows {
+  const uint64_t* order;   // row << 32 | row of source, sorted
+  const uint32_t* rows;    // [groups] ascending
+  const uint32_t* starts;  // [groups + 1]
+  int64_t groups, shift;
+  void* source;  // [*, d] the result's dtype
+};
+
 // out[r] = sum over the positions p that name row r, ascending, and over k < fan, of weight[p*fan + k] * source[id],
 // where id = source_id[p*fan + k], or source_id[p / share] where fan is 1. Rows that no position names become zero.
+// With `base` a row begins as what that says.
 struct SumRowsArgs {
   DType dtype;  // of source and out; sums and weights are in the accumulator type
   int64_t d;
@@ -24,6 +35,7 @@ struct SumRowsArgs {
   void* entry_weight;  // [positions * fan] scratch, accumulator type
   void* out;           // [*, d]
   bool stream;         // rows of zeros are written past the caches
+  BaseRows base;       // no groups: none
 };
 
 // Writes rows [begin, end).

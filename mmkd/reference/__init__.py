@@ -1,6 +1,7 @@
 """Plain PyTorch that reads like the specification: the truth for tests, the baseline for benches."""
 
 from mmkd.reference.bpr_kd import bpr, margins, pair_kd
+from mmkd.reference.distill import distill
 from mmkd.reference.emb_kd import emb_kd
 from mmkd.reference.frozen_teacher import frozen_teacher
 from mmkd.reference.list_kd import list_kd, list_scores
@@ -9,6 +10,7 @@ from mmkd.reference.topk import topk
 
 __all__ = [
     "bpr",
+    "distill",
     "emb_kd",
     "frozen_teacher",
     "list_kd",
