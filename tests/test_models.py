@@ -167,7 +167,8 @@ def test_collapse_without_a_prompt_is_a_constant(graph):
 @pytest.mark.parametrize("norm", ["mean", "row"])
 def test_collapse_keeps_nothing_as_wide_as_the_features_and_no_second_table(graph, norm):
     frozen = FrozenTeacher(make_teacher(graph, norm))
-    assert all(b.shape[-1] <= D + 1 for b in frozen.buffers())
+    assert all(b.shape[-1] <= D + 1 for name, b in frozen.named_buffers() if name != "mixed")
+    assert frozen.mixed.numel() == len(WIDTHS) * (D + 1) * D  # of all modalities, side by side or one after another
     held = sum(b.numel() for name, b in frozen.named_buffers() if b.dim() > 1 and b.shape[-2] >= graph.num_items)
     design = D + 1 if norm == "mean" else 0
     assert held <= graph.num_nodes * (D * len(WIDTHS) + D + design) + graph.num_items * (D + 1)

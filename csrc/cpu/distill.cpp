@@ -97,11 +97,13 @@ T* where(Tensor& t, bool wanted) {
   return wanted ? mutable_data<T>(t) : nullptr;
 }
 
-// BPR, PairKD and ListKD of a batch. All of their gradients go through the weights of the pairs (b, k).
+// BPR, PairKD and ListKD of a batch. All of their gradients go through the weights of the pairs (b, k). What a sample
+// gives its user is made here, while the rows of its candidates are in a cache.
 template <class T>
 class PairLossesOf {
  public:
-  PairLossesOf(const Inputs& in, const PairTables& tables, Gradients& grads)
+  // user_rows: [B, d], or null.
+  PairLossesOf(const Inputs& in, const PairTables& tables, Gradients& grads, T* user_rows)
       : with_list_(in.by.list != 0),
         batch_(in.users.size(0)),
         k_(in.candidates.size(1)),
@@ -121,7 +123,9 @@ class PairLossesOf {
                 logits_.get()},
         pair_(pair_args_of(in, grads)),
         list_(list_args_of(in, grads)),
-        scratch_(list_) {}
+        scratch_(list_),
+        user_rows_{sizeof(T) == 8, tables.d, k_, tables.item_emb, data<int64_t>(in.candidates),
+                   weight_.get(),  user_rows} {}
 
   const T* weights() const { return weight_.get(); }
 
@@ -130,8 +134,9 @@ class PairLossesOf {
     const int64_t begin = c * kSamples, end = std::min(batch_, begin + kSamples);
     if (!MMKD_ON_ISA(list_scores(scores_, begin, end))) return false;
     if (with_list_) {
-      sums.list[c] = MMKD_ON_ISA(list_kd_loss(list_, begin, end, scratch_.of(c)));
-      if (list_.grad_student || list_.grad_teacher) MMKD_ON_ISA(list_kd_grad(list_, begin, end, scratch_.of(c)));
+      sums.list[c] = list_.grad_student || list_.grad_teacher
+                         ? MMKD_ON_ISA(list_kd_both(list_, begin, end, scratch_.of(c)))
+                         : MMKD_ON_ISA(list_kd_loss(list_, begin, end, scratch_.of(c)));
     } else if (weight_) {
       std::fill(weight_.get() + begin * k_, weight_.get() + end * k_, T(0));
     }
@@ -144,6 +149,7 @@ class PairLossesOf {
       weight_[b * k_] += coefficient_[b];
       weight_[b * k_ + 1] -= coefficient_[b];
     }
+    if (user_rows_.out) MMKD_ON_ISA(weighted_rows(user_rows_, begin, end));
     return true;
   }
 
@@ -183,13 +189,15 @@ class PairLossesOf {
   const PairArgs pair_;
   const ListKdArgs list_;
   const ListScratch scratch_;
+  const WeightedRowsArgs user_rows_;
 };
 
 // EmbKD of the rows that `nodes` name.
 template <class T>
 class EmbLossOf {
  public:
-  EmbLossOf(const Inputs& in, Gradients& grads)
+  // grad_rows: [n, d], or null.
+  EmbLossOf(const Inputs& in, Gradients& grads, T* grad_rows)
       : table_(data<T>(in.table)),
         nodes_(data<int64_t>(in.nodes)),
         num_rows_(in.table.size(0)),
@@ -197,14 +205,13 @@ class EmbLossOf {
         d_(in.table.size(1)),
         in_place_(one_after_another(nodes_, n_, num_rows_)),
         gathered_(in_place_ ? empty({0}, in.table) : empty({n_, d_}, in.table)),
-        stats_(empty({n_, 1 + 2 * in.targets->size(0)}, in.table)),
-        grad_rows_(empty({in.need_table ? n_ : 0, d_}, in.table)) {
+        stats_(empty({n_, 1 + 2 * in.targets->size(0)}, in.table)) {
     args_.dtype = dtype_of(in.table);
     args_.student = in_place_ ? table_ + nodes_[0] * d_ : mutable_data<T>(gathered_);
     args_.teachers = in.targets->const_data_ptr();
     args_.weights = in.emb_weights.const_data_ptr();
     args_.stats = stats_.mutable_data_ptr();
-    args_.grad_student = where<T>(grad_rows_, in.need_table);
+    args_.grad_student = grad_rows;
     args_.grad_teachers = where<T>(grads.targets, in.need_targets);
     args_.n = n_;
     args_.d = d_;
@@ -213,15 +220,13 @@ class EmbLossOf {
     args_.scale = in.by.emb / static_cast<double>(std::max<int64_t>(1, n_));
   }
 
-  // [n, d], a row for each of `nodes`.
-  void* grad_rows() { return grad_rows_.mutable_data_ptr(); }
-
   // Block c; false if one of its nodes is out of range.
   bool run(int64_t c, Sums& sums) const {
     const int64_t begin = c * kSamples, end = std::min(n_, begin + kSamples);
     T* to = const_cast<T*>(static_cast<const T*>(args_.student));
     for (int64_t i = begin; !in_place_ && i < end; ++i) {
       if (static_cast<uint64_t>(nodes_[i]) >= static_cast<uint64_t>(num_rows_)) return false;
+      if (i + kRowsAhead < end) prefetch(nodes_[i + kRowsAhead]);
       std::memcpy(to + i * d_, table_ + nodes_[i] * d_, static_cast<size_t>(d_) * sizeof(T));
     }
     sums.emb[c] = MMKD_ON_ISA(emb_kd_losses(args_, begin, end));
@@ -229,13 +234,30 @@ class EmbLossOf {
   }
 
  private:
+  static constexpr int64_t kRowsAhead = 8;
+
+  // The address is only looked at, so the node need not be checked.
+  void prefetch(int64_t node) const {
+    const uintptr_t at = reinterpret_cast<uintptr_t>(table_) + static_cast<uint64_t>(node * d_) * sizeof(T);
+    for (uint64_t b = 0; b < static_cast<uint64_t>(d_) * sizeof(T) && b < 512; b += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(at + b));
+  }
+
   const T* table_;
   const int64_t* nodes_;
   const int64_t num_rows_, n_, d_;
   const bool in_place_;
-  Tensor gathered_, stats_, grad_rows_;
+  Tensor gathered_, stats_;
   EmbKDArgs args_{};
 };
+
+// The rows of the table that `batch` samples' users and `n` nodes are.
+std::vector<int64_t> joined(const Inputs& in, int64_t batch, int64_t n) {
+  const int64_t *users = data<int64_t>(in.users), *nodes = data<int64_t>(in.nodes);
+  std::vector<int64_t> all(users, users + batch);
+  all.insert(all.end(), nodes, nodes + n);
+  return all;
+}
 
 [[noreturn]] void fail_indices(const Inputs& in) {
   check_entries(in.users, "users", in.num_users);
@@ -250,23 +272,28 @@ std::tuple<Tensor, Tensor> losses(const Inputs& in, Gradients& grads) {
   const int64_t num_rows = in.table.size(0), batch = by.bpr != 0 || by.pair != 0 || by.list != 0 ? in.users.size(0) : 0;
   const int64_t n = by.emb != 0 ? in.nodes.size(0) : 0, samples = num_blocks(batch), rows = num_blocks(n);
   const PairTables tables = halves_of(in.table, in.num_users);
-  const PairLossesOf<T> pairs(in, tables, grads);
+  const int64_t d = tables.d;
+  // What the samples give their users, then what EmbKD gives its nodes: a row for each of `named`.
+  Tensor parts = empty({in.need_table ? batch + n : 0, d}, in.table);
+  T *user_rows = where<T>(parts, in.need_table), *emb_rows = in.need_table ? user_rows + batch * d : nullptr;
+  const PairLossesOf<T> pairs(in, tables, grads, user_rows);
   std::optional<EmbLossOf<T>> emb;
-  if (by.emb != 0) emb.emplace(in, grads);
-  PairGrads table(tables, data<int64_t>(in.users), data<int64_t>(in.candidates), batch, in.candidates.size(1),
-                  in.need_table, in.need_table);
-  RowGroups of_users(in.need_table ? n : 0, num_rows, 0, in.num_users),
+  if (by.emb != 0) emb.emplace(in, grads, emb_rows);
+  PairGrads table(tables, data<int64_t>(in.users), data<int64_t>(in.candidates), batch, in.candidates.size(1), false,
+                  in.need_table);
+  const std::vector<int64_t> named = joined(in, in.need_table ? batch : 0, in.need_table ? n : 0);
+  RowGroups of_users(static_cast<int64_t>(named.size()), num_rows, 0, in.num_users),
       of_items(in.need_table ? n : 0, num_rows, in.num_users, num_rows);
   Sums sums{std::vector<double>(samples), std::vector<double>(samples), std::vector<double>(samples),
             std::vector<double>(rows)};
   std::atomic<bool> good{true};
-  const int64_t grouping = in.need_table ? table.tasks() : 0, nodes = in.need_table && n ? 2 : 0;
+  const int64_t grouping = in.need_table ? table.tasks() : 0, nodes = in.need_table ? 2 : 0;
   for_chunks(
       grouping + nodes + rows + samples,
       [&](int64_t c) {
         if (c < grouping) return table.group(c);
         if ((c -= grouping) < nodes) {
-          if (!(c ? of_items : of_users).build(data<int64_t>(in.nodes))) good.store(false);
+          if (!(c ? of_items.build(data<int64_t>(in.nodes)) : of_users.build(named.data()))) good.store(false);
         } else if ((c -= nodes) < rows) {
           if (!emb->run(c, sums)) good.store(false);
         } else if (!pairs.run(c - rows, sums)) {
@@ -277,9 +304,8 @@ std::tuple<Tensor, Tensor> losses(const Inputs& in, Gradients& grads) {
   if (!good.load() || !table.good()) fail_indices(in);
   if (in.need_table) {
     T* out = mutable_data<T>(grads.table);
-    void* base = nodes ? emb->grad_rows() : nullptr;
-    table.write(pairs.weights(), {out, of_users.base(0, base)},
-                {out + in.num_users * tables.d, of_items.base(in.num_users, base)});
+    table.write(pairs.weights(), {out, of_users.base(0, user_rows)},
+                {out + in.num_users * d, of_items.base(in.num_users, emb_rows)});
   }
   const double means[] = {by.bpr != 0 ? mean(sums.bpr, batch) : 0.0, mean(sums.pair, batch), mean(sums.list, batch),
                           mean(sums.emb, n)};

@@ -108,8 +108,9 @@ double loss_typed(const ListKdArgs& a, int64_t begin, int64_t end, A* scratch) {
   return total * a.tau * a.tau;
 }
 
-template <class A>
-void grad_typed(const ListKdArgs& a, int64_t begin, int64_t end, A* scratch) {
+// The gradients; with kLoss also the sum of the losses.
+template <bool kLoss, class A>
+double grad_typed(const ListKdArgs& a, int64_t begin, int64_t end, A* scratch) {
   using W = Vec<A>;
   using V = typename W::V;
   const A over_tau = static_cast<A>(1 / a.tau), scale = static_cast<A>(a.scale * a.tau);
@@ -117,6 +118,7 @@ void grad_typed(const ListKdArgs& a, int64_t begin, int64_t end, A* scratch) {
   const A* weight = static_cast<const A*>(a.weight);
   const int64_t tile = a.k * W::size;
   A *zs = scratch, *es = scratch + tile, *zt = scratch + 2 * tile, *et = scratch + 3 * tile, *gs = scratch + 4 * tile;
+  double total = 0;
   for (int64_t b = begin; b < end; b += W::size) {
     const int64_t count = end - b < W::size ? end - b : W::size;
     load_lanes(static_cast<const A*>(a.logits) + b * a.k, a.k, count, over_tau, zs);
@@ -124,6 +126,7 @@ void grad_typed(const ListKdArgs& a, int64_t begin, int64_t end, A* scratch) {
     const Logistic<V> ls = logistic(s.margin);
     const V over_sum_s = scale / s.sum;
     memset(gs, 0, tile * sizeof(A));
+    V loss = V();
     for (int64_t m = 0; m < a.modalities; ++m) {
       const int64_t at = (m * a.batch + b) * a.k;
       load_lanes(static_cast<const A*>(a.teacher) + at, a.k, count, over_tau, zt);
@@ -138,8 +141,9 @@ void grad_typed(const ListKdArgs& a, int64_t begin, int64_t end, A* scratch) {
           W::store(gs + j * W::size, W::load(gs + j * W::size) + (spread * (qs - qt) - top * qs));
         }
       }
+      const V kl_q = kLoss || a.grad_teacher ? kl_negatives(zt, et, t, zs, s, a.k) : V();
+      if (kLoss) loss += weight[m] * list_kd(lt, ls, kl_q, alpha, beta, a.coupled);
       if (a.grad_teacher) {
-        const V kl_q = kl_negatives(zt, et, t, zs, s, a.k);
         const ListGradTeacher<V> g = list_kd_grad_teacher(lt, t.margin, s.margin, kl_q, alpha, beta, a.coupled);
         const V over_sum = scale * weight[m] / t.sum, shift = s.log_sum - t.log_sum - kl_q;
         for (int64_t j = 1; j < a.k; ++j) {
@@ -151,7 +155,9 @@ void grad_typed(const ListKdArgs& a, int64_t begin, int64_t end, A* scratch) {
       }
     }
     if (a.grad_student) store_lanes(gs, a.k, count, static_cast<A*>(a.grad_student) + b * a.k);
+    for (int64_t i = 0; kLoss && i < count; ++i) total += static_cast<double>(loss[i]);
   }
+  return total * a.tau * a.tau;
 }
 
 }  // namespace
@@ -177,8 +183,13 @@ double list_kd_loss(const ListKdArgs& a, int64_t begin, int64_t end, void* scrat
 }
 
 void list_kd_grad(const ListKdArgs& a, int64_t begin, int64_t end, void* scratch) {
-  return a.f64 ? grad_typed(a, begin, end, static_cast<double*>(scratch))
-               : grad_typed(a, begin, end, static_cast<float*>(scratch));
+  a.f64 ? grad_typed<false>(a, begin, end, static_cast<double*>(scratch))
+        : grad_typed<false>(a, begin, end, static_cast<float*>(scratch));
+}
+
+double list_kd_both(const ListKdArgs& a, int64_t begin, int64_t end, void* scratch) {
+  return a.f64 ? grad_typed<true>(a, begin, end, static_cast<double*>(scratch))
+               : grad_typed<true>(a, begin, end, static_cast<float*>(scratch));
 }
 
 }  // namespace MMKD_ISA

@@ -38,5 +38,7 @@ MMKD_KERNEL(int64_t list_kd_lanes(bool f64))
 // The sum of the losses of samples [begin, end). scratch: kListScratch * K vectors.
 MMKD_KERNEL(double list_kd_loss(const ListKdArgs& a, int64_t begin, int64_t end, void* scratch))
 MMKD_KERNEL(void list_kd_grad(const ListKdArgs& a, int64_t begin, int64_t end, void* scratch))
+// Both: the gradients that are not null, and the sum.
+MMKD_KERNEL(double list_kd_both(const ListKdArgs& a, int64_t begin, int64_t end, void* scratch))
 
 }  // namespace mmkd

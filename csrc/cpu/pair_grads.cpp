@@ -154,6 +154,11 @@ void PairGrads::write(const void* weights, const GradTable& user, const GradTabl
   };
   plan(item_groups_, tables_.num_items, tables_.user_emb, users_, 1, fan_, item);
   plan(user_groups_, tables_.num_users, tables_.item_emb, candidates_, fan_, 1, user);
+  std::vector<RowGroups> none;
+  if (user.out && !need_user_) {  // its base is all there is
+    none.emplace_back(0, tables_.num_users, 0, tables_.num_users);
+    plan(none, tables_.num_users, nullptr, nullptr, 1, 1, user);
+  }
   const int64_t numbers = (need_user_ ? tables_.num_users * d : 0) + (need_item_ ? tables_.num_items * d : 0);
   const bool small = batch_ * fan_ <= kFew && numbers <= kFew * 64;
   for_chunks(

@@ -67,7 +67,8 @@ class PairGrads {
   // Whether every index was in range; a gradient may only be written if so.
   bool good() const { return good_.load(); }
 
-  // weights: [batch, fan], accumulator type. Gradients in the tables' dtype.
+  // weights: [batch, fan], accumulator type. Gradients in the tables' dtype; the users' is its base where it was not
+  // needed of the pairs.
   void write(const void* weights, const GradTable& user, const GradTable& item) const;
   // Into new tensors; empty where not needed.
   std::tuple<Tensor, Tensor> write(const void* weights, const Tensor& user_emb, const Tensor& item_emb) const;

@@ -9,8 +9,8 @@ namespace {
 constexpr int kAhead = 12;  // entries between a prefetch and its use
 
 // out[c0 ...] for NV vectors of columns; the sums stay in registers. base: what they begin as, or null.
-template <int NV, class T>
-MMKD_INLINE void columns(const T* source, const uint32_t* id, const Acc<T>* weight, int64_t n, int64_t ahead, int64_t d,
+template <int NV, class T, class Id>
+MMKD_INLINE void columns(const T* source, const Id* id, const Acc<T>* weight, int64_t n, int64_t ahead, int64_t d,
                          const T* base, T* out) {
   using W = Vec<T>;
   typename W::V s[NV] = {};
@@ -32,8 +32,8 @@ MMKD_INLINE void columns(const T* source, const uint32_t* id, const Acc<T>* weig
   for (int v = 0; v < NV; ++v) W::store(out + v * W::size, s[v]);
 }
 
-template <class T>
-void narrow(const T* source, const uint32_t* id, const Acc<T>* weight, int64_t n, int64_t d, const T* base, T* out) {
+template <class T, class Id>
+void narrow(const T* source, const Id* id, const Acc<T>* weight, int64_t n, int64_t d, const T* base, T* out) {
   for (int64_t c = 0; c < d; ++c) {
     Acc<T> s = base ? Element<T>::load(base + c) : Acc<T>(0);
     for (int64_t j = 0; j < n; ++j) s += weight[j] * Element<T>::load(source + static_cast<int64_t>(id[j]) * d + c);
@@ -42,8 +42,8 @@ void narrow(const T* source, const uint32_t* id, const Acc<T>* weight, int64_t n
 }
 
 // Any d: wide passes, then narrower ones; a last odd piece is one vector that overlaps what is already written.
-template <class T>
-MMKD_INLINE void sum_row(const T* source, const uint32_t* id, const Acc<T>* weight, int64_t n, int64_t ahead, int64_t d,
+template <class T, class Id>
+MMKD_INLINE void sum_row(const T* source, const Id* id, const Acc<T>* weight, int64_t n, int64_t ahead, int64_t d,
                          const T* base, T* out) {
   constexpr int64_t w = Vec<T>::size;
   if (d < w) return narrow(source, id, weight, n, d, base, out);
@@ -135,7 +135,21 @@ void sum_rows_typed(const SumRowsArgs& a, int64_t begin, int64_t end) {
   if (a.stream) finish_streams();
 }
 
+template <class T>
+void weighted_rows_typed(const WeightedRowsArgs& a, int64_t begin, int64_t end) {
+  const T* source = static_cast<const T*>(a.source);
+  const Acc<T>* weight = static_cast<const Acc<T>*>(a.weight);
+  for (int64_t b = begin, stop = end * a.fan; b < end; ++b) {
+    const int64_t at = b * a.fan;
+    sum_row<T>(source, a.id + at, weight + at, a.fan, stop - at, a.d, nullptr, static_cast<T*>(a.out) + b * a.d);
+  }
+}
+
 }  // namespace
+
+void weighted_rows(const WeightedRowsArgs& a, int64_t begin, int64_t end) {
+  a.f64 ? weighted_rows_typed<double>(a, begin, end) : weighted_rows_typed<float>(a, begin, end);
+}
 
 void sum_rows(const SumRowsArgs& a, int64_t begin, int64_t end) {
   switch (a.dtype) {

@@ -41,4 +41,15 @@ struct SumRowsArgs {
 // Writes rows [begin, end).
 MMKD_KERNEL(void sum_rows(const SumRowsArgs& a, int64_t begin, int64_t end))
 
+// out[b] = sum over k < fan of weight[b*fan + k] * source[id[b*fan + k]].
+struct WeightedRowsArgs {
+  bool f64;  // everything: float64, else float32
+  int64_t d, fan;
+  const void* source;
+  const int64_t* id;
+  const void* weight;
+  void* out;
+};
+MMKD_KERNEL(void weighted_rows(const WeightedRowsArgs& a, int64_t begin, int64_t end))
+
 }  // namespace mmkd

@@ -22,7 +22,6 @@ from mmkd.ops.bpr_kd import KINDS, bpr_loss, bpr_pair_kd_loss
 from mmkd.ops.emb_kd import emb_kd_loss
 from mmkd.ops.list_kd import WEIGHTS, list_kd_loss
 
-
 _ARGUMENTS = 25  # of the schema
 
 
@@ -136,7 +135,9 @@ def _checked(
     check_index(candidates, "candidates", rank=2)
     check_shape(candidates, "candidates", (len(users), candidates.shape[1]))
     if candidates.shape[1] < 2:
-        raise ValueError(f"candidates: expected K >= 2, the observed item and a negative, got K = {candidates.shape[1]}")
+        raise ValueError(
+            f"candidates: expected K >= 2, the observed item and a negative, got K = {candidates.shape[1]}"
+        )
     weights = _four(weights)
     _check_there(weights, teacher_margin, teacher_logits, nodes, targets)
     acc = accumulate_type(table.dtype)

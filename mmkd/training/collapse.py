@@ -15,6 +15,24 @@ from mmkd.models.prompt import Prompt
 from mmkd.models.teacher import Teacher, TeacherOutput, combine, prompt_parts, spread
 
 
+class _State(torch.autograd.Function):
+    """``V V^T S^m`` for all modalities, ``[M, e, d]``: two products each way, where autograd's matmul makes ten small calls."""
+
+    @staticmethod
+    def forward(ctx, stacked: Tensor, mixed: Tensor, modalities: int) -> Tensor:  # V [e, d], S [e, M d]
+        ctx.save_for_backward(stacked, mixed)
+        inner, wide = mixed.shape
+        product = (stacked @ stacked.T) @ mixed
+        return product.view(inner, modalities, wide // modalities).transpose(0, 1).contiguous()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        stacked, mixed = ctx.saved_tensors
+        square = grad.transpose(0, 1).reshape(mixed.shape) @ mixed.T  # [e, e], of V V^T
+        return (square + square.T) @ stacked, None, None
+
+
 class FrozenTeacher(nn.Module):
     """A trained teacher whose only parameters are the prompt's; equal to it to rounding, in values and gradients.
 
@@ -54,12 +72,14 @@ class FrozenTeacher(nn.Module):
         self.register_buffer(name, value, persistent=False)
 
     def _build(self, teacher: Teacher) -> None:
-        self._constant("mixed", torch.stack(teacher.mixed()))  # S, [M, d+1, d]
         self._constant("content", self._everywhere(teacher.project(prompt=False)))  # C, [M, N, d]
         if self.norm == "mean":
+            share = self.strength / max(self.graph.num_items, 1)
+            self._constant("mixed", share * torch.cat(teacher.mixed(), 1))  # lambda_1 c S^m side by side, [d+1, M d]
             users, items = spread(self.graph, self.prompt.design, self.feature_layers)
             self._constant("design", torch.cat([users, items]))  # K, [N, d+1]
         else:
+            self._constant("mixed", torch.stack(teacher.mixed()))  # S, [M, d+1, d]
             self._constant("grams", torch.stack(teacher.grams()))  # [M, d+1, d+1]
 
     def _everywhere(self, features: Tensor) -> Tensor:
@@ -80,7 +100,7 @@ class FrozenTeacher(nn.Module):
             return None
         stacked = self.prompt.stacked()
         if self.norm == "mean":
-            return (self.strength / max(self.graph.num_items, 1)) * ((stacked @ stacked.T) @ self.mixed)
+            return _State.apply(stacked, self.mixed, self.modalities)
         parts = prompt_parts(self.prompt.design, stacked, list(self.mixed), list(self.grams))  # [I, M d]
         return self.content + self.strength * self._everywhere(parts)
 

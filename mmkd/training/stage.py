@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mmkd import _host
+from mmkd import _host, ops
 from mmkd.config import Config, StageConfig
 from mmkd.data import Dataset
 from mmkd.data.sampling import Sampler
@@ -121,13 +121,12 @@ def add_l2(model: Propagated, batch: NodeBatch, weight: float) -> Tensor:
     table, held = model.table, model.held
     with torch.no_grad():
         share = (weight / batch.users.numel()) * batch.counts.to(table.dtype)
-        rows = table.index_select(0, batch.touched)
-        scaled = share[:, None] * rows
         if weight and held is not None and held.grad is not None:
             held.l2 = share.new_zeros(len(batch.rows)).index_put_((batch.touched_at,), share)
         elif weight:
-            table.grad.index_add_(0, batch.touched, scaled)
-        return 0.5 * (scaled * rows).sum()
+            table.grad.index_add_(0, batch.touched, share[:, None] * table.index_select(0, batch.touched))
+        square = ops.list_scores(table, table, batch.touched, batch.touched[:, None])  # ||row||^2, [n, 1]
+        return 0.5 * (share * square[:, 0]).sum()
 
 
 class Ahead(Generic[T]):

@@ -154,6 +154,7 @@ class StudentTask:
     ) -> None:  # fmt: skip
         self.student, self.teacher, self.config, self.settings = student, teacher, config, config.student
         self.graph, self.modality_weights = graph, modality_weights
+        self.emb_modalities = modality_weights * len(modality_weights)  # a sum over modalities, ListKD's a mean
         self.distill = config.distill
         self.model = _StudentParameters(student, teacher.prompt)
         self.learn_prompt = config.prompt.lr > 0 and config.prompt.strength > 0
@@ -194,39 +195,30 @@ class StudentTask:
         batch = drawn.nodes
         table = self.student(batch.rows)  # [n, d]
         asked = drawn.asked, drawn.candidates, self.teacher.state()
-        margin, logits, targets = self.teacher.asked(*asked, lists=bool(self.distill.list))
-        terms = self._ranking(drawn, table, margin, logits)
-        if self.distill.emb:
-            terms["emb"] = self.distill.emb * self._emb(batch, table, targets)
-        torch.stack(list(terms.values())).sum().backward()
+        loss, terms = self._distill(batch, table, *self.teacher.asked(*asked, lists=bool(self.distill.list)))
+        if len(batch.shared):
+            terms["ranking"] = ranking_loss(*batch.split(table), batch)
+            loss = loss + terms["ranking"]
+        loss.backward()
         terms = {name: value.detach() for name, value in terms.items()}
         return {**terms, "l2": add_l2(self.student, batch, self.settings.l2)}
 
-    def _ranking(self, drawn: StudentBatch, table: Tensor, margin: Tensor, logits: Tensor | None) -> dict[str, Tensor]:
-        d, batch = self.distill, drawn.nodes
-        users, items = batch.split(table)
-        terms = {}
-        if d.pair:  # BPR comes with it
-            where = (batch.users, batch.pos, batch.neg)
-            bpr, pair = ops.bpr_pair_kd_loss(users, items, *where, margin, tau=d.pair_tau, kind=d.pair_kind)
-            terms = {"ranking": bpr, "pair": d.pair * pair}
-        if len(batch.shared) or not d.pair:
-            terms["ranking"] = ranking_loss(users, items, batch)
-        if logits is not None:
-            terms["list"] = d.list * ops.list_kd_loss(
-                users, items, batch.users, batch.candidates, logits, alpha=d.list_alpha, beta=d.list_beta, tau=d.list_tau,
-                weight=d.list_weight, modality_weights=self.modality_weights,
-            )  # fmt: skip
-        return terms
-
-    def _emb(self, batch: NodeBatch, table: Tensor, targets: Tensor) -> Tensor:
-        if self.distill.emb_sample is not None:
-            student = table.index_select(0, batch.extra)
-        else:  # every node of the kind, in order
-            every = self.distill.emb_nodes == "all"
-            student = table if every else table[batch.num_users :]
-        weights = self.modality_weights * len(self.modality_weights)  # a sum over modalities, ListKD a mean
-        return ops.emb_kd_loss(student, targets.to(table.dtype), gamma=self.distill.emb_gamma, modality_weights=weights)
+    def _distill(
+        self, batch: NodeBatch, table: Tensor, margin: Tensor, logits: Tensor | None, targets: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The losses of the compact table; BPR only where no shared negatives take its place."""
+        d = self.distill
+        weights = 0.0 if len(batch.shared) else 1.0, d.pair, d.list, d.emb
+        loss, terms = ops.distill_loss(
+            table, batch.num_users, batch.users, batch.candidates, margin, logits, batch.extra, targets.to(table.dtype),
+            weights=weights, pair_tau=d.pair_tau, pair_kind=d.pair_kind, alpha=d.list_alpha, beta=d.list_beta,
+            list_tau=d.list_tau, list_weight=d.list_weight, gamma=d.emb_gamma, list_modalities=self.modality_weights,
+            emb_modalities=self.emb_modalities,
+        )  # fmt: skip
+        named = zip(
+            ("ranking", "pair", "list", "emb"), weights, (terms * terms.new_tensor(weights)).unbind(), strict=True
+        )
+        return loss, {name: term for name, weight, term in named if weight}
 
     def tables(self) -> tuple[Tensor, Tensor]:
         return self.student.tables()
