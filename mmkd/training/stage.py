@@ -58,8 +58,8 @@ class NodeBatch:
         extra: int64, positions in `rows` of the further nodes asked for, in their order.
         shared: int64 `[S]`, positions among the items of `rows` of the items all pairs are ranked against; empty for BPR.
         owned: int64 `[2, n]`, (b, s) where the user of pair b has item s of `shared` in train.
-        touched, touched_at, counts: node ids that stand in (user, observed, BPR's negative), their positions in `rows`, and
-            how often they do: the rows and weights of the L2 term.
+        touched, counts: node ids that stand in (user, observed, BPR's negative), and how often they do: the rows and weights of
+            the L2 term. all_counts: the same for all of `rows`, 0 for the others.
     """
 
     rows: Tensor
@@ -70,8 +70,8 @@ class NodeBatch:
     shared: Tensor
     owned: Tensor
     touched: Tensor
-    touched_at: Tensor
     counts: Tensor
+    all_counts: Tensor
 
     @property
     def pos(self) -> Tensor:
@@ -110,7 +110,7 @@ def node_batch(
     nodes = NodeBatch(
         *(torch.from_numpy(rows), first_item, torch.from_numpy(own), torch.from_numpy(local)),
         torch.from_numpy(where[:known]), torch.from_numpy(where[known:] - first_item), torch.from_numpy(shared.owned),
-        torch.from_numpy(rows[touched]), torch.from_numpy(touched), torch.from_numpy(counts[touched]),
+        torch.from_numpy(rows[touched]), torch.from_numpy(counts[touched]), torch.from_numpy(counts),
     )  # fmt: skip
     return nodes.to(torch.device(device))
 
@@ -120,13 +120,13 @@ def add_l2(model: Propagated, batch: NodeBatch, weight: float) -> Tensor:
     of the table's, so that no dense `[N, d]` gradient is made for it. Call after backward; returns the value."""
     table, held = model.table, model.held
     with torch.no_grad():
-        share = (weight / batch.users.numel()) * batch.counts.to(table.dtype)
+        share, counts = weight / batch.users.numel(), batch.counts.to(table.dtype)
         if weight and held is not None and held.grad is not None:
-            held.l2 = share.new_zeros(len(batch.rows)).index_put_((batch.touched_at,), share)
+            held.l2 = share * batch.all_counts
         elif weight:
-            table.grad.index_add_(0, batch.touched, share[:, None] * table.index_select(0, batch.touched))
+            table.grad.index_add_(0, batch.touched, (share * counts)[:, None] * table.index_select(0, batch.touched))
         square = ops.list_scores(table, table, batch.touched, batch.touched[:, None])  # ||row||^2, [n, 1]
-        return 0.5 * (share * square[:, 0]).sum()
+        return torch.dot(counts, square[:, 0]).mul_(0.5 * share)
 
 
 class Ahead(Generic[T]):
@@ -382,7 +382,9 @@ class Stage:
             self.before_look()
         metric = self.config.evaluation.metric
         cutoffs = sorted({20, int(metric.partition("@")[2])})
-        values = evaluate(*self.task.tables(), self.dataset, "val", cutoffs)
+        tables = self.task.tables()
+        release(collect=False)  # what propagation used; ranking takes other sizes
+        values = evaluate(*tables, self.dataset, "val", cutoffs)
         if state["best_metric"] is None or values[metric] > state["best_metric"]:
             state.update(best_metric=values[metric], best_epoch=state["epoch"], bad=0)
             self._keep()

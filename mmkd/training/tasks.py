@@ -156,6 +156,8 @@ class StudentTask:
         self.graph, self.modality_weights = graph, modality_weights
         self.emb_modalities = modality_weights * len(modality_weights)  # a sum over modalities, ListKD's a mean
         self.distill = config.distill
+        by = self.distill.pair, self.distill.list, self.distill.emb
+        self.lambdas = torch.tensor([1.0, *by], device=student.table.device)  # of BPR, PairKD, ListKD, EmbKD
         self.model = _StudentParameters(student, teacher.prompt)
         self.learn_prompt = config.prompt.lr > 0 and config.prompt.strength > 0
         for parameter in teacher.prompt.parameters():
@@ -208,7 +210,7 @@ class StudentTask:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The losses of the compact table; BPR only where no shared negatives take its place."""
         d = self.distill
-        weights = 0.0 if len(batch.shared) else 1.0, d.pair, d.list, d.emb
+        weights = (0.0 if len(batch.shared) else 1.0, d.pair, d.list, d.emb)
         loss, terms = ops.distill_loss(
             table, batch.num_users, batch.users, batch.candidates, margin, logits, batch.extra, targets.to(table.dtype),
             weights=weights, pair_tau=d.pair_tau, pair_kind=d.pair_kind, alpha=d.list_alpha, beta=d.list_beta,
