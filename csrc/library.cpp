@@ -77,7 +77,8 @@ STABLE_TORCH_LIBRARY(mmkd, m) {
   m.def(
       "emb_kd_backward(Tensor grad, Tensor student, Tensor teachers, Tensor modality_weights, Tensor stats, "
       "float gamma, bool need_student, bool need_teachers) -> (Tensor, Tensor)");
-  // The weighted sum of the student's losses, each of them, and the gradients of the sum, made on the way.
+  // The weighted sum of the student's losses, each of them, and the gradients of the sum, made on the way: there is no
+  // backward op, autograd hands them over (and may scale them in place: they are its own).
   m.def(
       "distill(Tensor table, int num_users, Tensor users, Tensor candidates, Tensor? teacher_margin, Tensor? "
       "teacher_logits, Tensor nodes, Tensor? targets, Tensor list_weights, Tensor emb_weights, float bpr, float pair, "

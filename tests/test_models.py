@@ -174,6 +174,29 @@ def test_collapse_keeps_nothing_as_wide_as_the_features_and_no_second_table(grap
     assert held <= graph.num_nodes * (D * len(WIDTHS) + D + design) + graph.num_items * (D + 1)
 
 
+def test_the_prompt_s_state_is_differentiable_twice_under_transforms_and_in_autocast(graph):
+    frozen = FrozenTeacher(make_teacher(graph))
+    weight = frozen.prompt.weight
+    (slope,) = torch.autograd.grad(frozen.state().square().sum(), weight, create_graph=True)
+    (curve,) = torch.autograd.grad(slope.square().sum(), weight)
+    share = frozen.strength / graph.num_items
+
+    def plain(w):
+        stacked = torch.cat([w, frozen.prompt.bias[None]])
+        moments = frozen.mixed.view(D + 1, len(WIDTHS), D).transpose(0, 1) / share
+        return (share * (stacked @ stacked.T) @ moments).square().sum()
+
+    (true_slope,) = torch.autograd.grad(plain(weight), weight, create_graph=True)
+    torch.testing.assert_close(slope, true_slope)
+    torch.testing.assert_close(curve, torch.autograd.grad(true_slope.square().sum(), weight)[0])
+    frozen.float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        state = frozen.state()
+    state.float().square().sum().backward()
+    assert weight.grad.dtype == torch.float32
+    assert (weight.grad - slope).norm() < 0.05 * slope.norm()
+
+
 @pytest.mark.parametrize("norm", ["mean", "row"])
 def test_a_prompt_that_does_not_learn_is_folded_into_the_constants(graph, norm):
     teacher = make_teacher(graph, norm)

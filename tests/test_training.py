@@ -23,6 +23,7 @@ from mmkd.training import CheckpointError, RunError, TrainingError
 from mmkd.training.best import BestWeights
 from mmkd.training.checkpoint import load_checkpoint, save_checkpoint
 from mmkd.training.fusion import Gate
+from mmkd.training.optim import PropagatedAdamW
 from mmkd.training.run_folder import RunFolder
 from mmkd.training.stage import Stage, add_l2, node_batch
 from mmkd.training.trainer import Run
@@ -158,20 +159,27 @@ def test_embedding_kd_counts_a_modality_as_list_kd_does(dataset, tmp_path):
     torch.testing.assert_close(both, 0.5 * paper.detach(), rtol=1e-3, atol=1e-5)  # uniform: the paper's sum
 
 
-def test_node_batch_and_l2_against_plain_indexing():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("held", [False, True])
+def test_node_batch_and_l2_against_plain_indexing(dtype, held):
     graph = BipartiteGraph.from_edges([0, 1, 2, 3], [0, 1, 2, 0], 4, 3)
     users, candidates = torch.tensor([1, 3, 1]), torch.tensor([[1, 0, 2], [0, 2, 2], [1, 1, 0]])
     batch = node_batch(users, candidates, 4, extra=torch.tensor([0, 6]))
     assert torch.equal(batch.rows[: batch.num_users][batch.users], users)
     assert torch.equal(batch.rows[batch.num_users :][batch.candidates] - 4, candidates)
-    model = LightGCN(graph, initial_table(7, 5, "normal", torch.Generator().manual_seed(0)), 1)
-    model.table.grad = torch.zeros_like(model.table)
+    model = LightGCN(graph, initial_table(7, 5, "normal", torch.Generator().manual_seed(0)).to(dtype), 1)
+    optimizer = PropagatedAdamW(model, [{"params": [model.table]}], 0.1) if held else None
+    (0 * model(batch.rows)).sum().backward()
+    assert (model.table.grad is None) == (held and dtype != torch.bfloat16)
     value = add_l2(model, batch, 0.3)
+    if optimizer:
+        optimizer.materialize()
     leaf = model.table.detach().clone().requires_grad_()
     parts = (leaf[users], leaf[4 + candidates[:, 0]], leaf[4 + candidates[:, 1]])
     truth = 0.3 * 0.5 * sum(p.square().sum() for p in parts) / 3
     truth.backward()
-    torch.testing.assert_close(value, truth.detach())
+    assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(value.to(dtype), truth.detach())
     torch.testing.assert_close(model.table.grad, leaf.grad)
 
 

@@ -69,9 +69,15 @@ void check_inputs(const Inputs& in) {
   MMKD_CHECK(in.candidates.size(1) >= 2, "candidates: expected K >= 2, got K = ", in.candidates.size(1));
   check_dim(in.nodes, "nodes", 1);
   check_index(in.nodes, "nodes", 1, in.nodes.size(0));
-  MMKD_CHECK(in.by.pair == 0 || in.teacher_margin, "teacher_margin: expected one where PairKD has a weight");
-  MMKD_CHECK(in.by.list == 0 || in.teacher_logits, "teacher_logits: expected some where ListKD has a weight");
-  MMKD_CHECK(in.by.emb == 0 || in.targets, "targets: expected some where EmbKD has a weight");
+  MMKD_CHECK(in.by.pair == 0 || in.teacher_margin,
+             "teacher_margin: expected a tensor where PairKD has a weight, got none");
+  MMKD_CHECK(in.by.list == 0 || in.teacher_logits,
+             "teacher_logits: expected a tensor where ListKD has a weight, got none");
+  MMKD_CHECK(in.by.emb == 0 || in.targets, "targets: expected a tensor where EmbKD has a weight, got none");
+  if (in.by.pair != 0) check_dim(*in.teacher_margin, "teacher_margin", 1);
+  if (in.by.list != 0) check_dim(*in.teacher_logits, "teacher_logits", 3);
+  MMKD_CHECK(in.pair_tau > 0 && in.list_tau > 0, "pair_tau, list_tau: expected > 0, got ", in.pair_tau, " and ",
+             in.list_tau);
   if (in.by.emb == 0) return;
   const Tensor& targets = *in.targets;
   check_dim(targets, "targets", 3);
@@ -140,6 +146,14 @@ class PairLossesOf {
     } else if (weight_) {
       std::fill(weight_.get() + begin * k_, weight_.get() + end * k_, T(0));
     }
+    if (pair_.scale_bpr != 0 || pair_.scale_pair != 0) run_pairs(c, begin, end, sums);
+    if (user_rows_.out) MMKD_ON_ISA(weighted_rows(user_rows_, begin, end));
+    return true;
+  }
+
+ private:
+  // BPR and PairKD of samples [begin, end), from the scores of their first two candidates.
+  void run_pairs(int64_t c, int64_t begin, int64_t end, Sums& sums) const {
     for (int64_t b = begin; b < end; ++b) margin_[b] = logits_[b * k_] - logits_[b * k_ + 1];
     const PairLosses losses = MMKD_ON_ISA(bpr_kd_losses(pair_, begin, end));
     sums.bpr[c] = losses.bpr;
@@ -149,11 +163,8 @@ class PairLossesOf {
       weight_[b * k_] += coefficient_[b];
       weight_[b * k_ + 1] -= coefficient_[b];
     }
-    if (user_rows_.out) MMKD_ON_ISA(weighted_rows(user_rows_, begin, end));
-    return true;
   }
 
- private:
   double share(double by) const { return by / static_cast<double>(std::max<int64_t>(1, batch_)); }
 
   PairArgs pair_args_of(const Inputs& in, Gradients& grads) const {
@@ -238,7 +249,8 @@ class EmbLossOf {
 
   // The address is only looked at, so the node need not be checked.
   void prefetch(int64_t node) const {
-    const uintptr_t at = reinterpret_cast<uintptr_t>(table_) + static_cast<uint64_t>(node * d_) * sizeof(T);
+    const uintptr_t at =
+        reinterpret_cast<uintptr_t>(table_) + static_cast<uint64_t>(node) * static_cast<uint64_t>(d_) * sizeof(T);
     for (uint64_t b = 0; b < static_cast<uint64_t>(d_) * sizeof(T) && b < 512; b += 64)
       __builtin_prefetch(reinterpret_cast<const char*>(at + b));
   }

@@ -48,18 +48,19 @@ def distill_loss(
         teacher_margin: `[B]`, for PairKD. teacher_logits: `[M, B, K]` or `[B, K]`, for ListKD. Both get gradients if they ask.
         nodes: int64 `[k]`, rows of the table that EmbKD looks at, repeats allowed. targets: `[M, k, d]` or `[k, d]`, the table's
             dtype, what they are to point at; get gradients if they ask.
-        weights: of the four; the defaults are those of `mmkd train`.
+        weights: of the four, `>= 0`; the defaults are those of `mmkd train`.
         pair_tau, pair_kind, alpha, beta, list_tau, list_weight, gamma: as the losses' own `tau`, `kind`, `weight`, `gamma`.
         list_modalities, emb_modalities: `[M]`, weights of the modalities in ListKD (1/M each if not given) and in EmbKD (1).
-        impl: `auto`, `reference` or `cpp` (float32 and float64). In 16 bits and off the CPU `auto` is :func:`composed`.
+        impl: `auto`, `reference` or `cpp` (float32 and float64, at most 16 modalities in EmbKD). In 16 bits and off the CPU
+            `auto` is :func:`composed`.
 
     Returns:
-        The loss, a scalar (float32; float64 for float64 tables), and `[4]`, BPR, PairKD, ListKD and EmbKD, unweighted and
-        without gradient.
+        The loss, a scalar (float32; float64 for float64 tables), and `[4]`, BPR, PairKD, ListKD and EmbKD, unweighted,
+        without gradient, 0 where the weight is 0.
 
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype, range or device (named). RuntimeError: an index out
-        of range.
+        of range; a second derivative (of `impl="cpp"`).
     """
     arguments = _checked(
         table, num_users, users, candidates, teacher_margin, teacher_logits, nodes, targets, weights, list_modalities,
@@ -117,10 +118,11 @@ def composed(
         )  # fmt: skip
     if weights[3]:
         terms[3] = emb_kd_loss(table.index_select(0, nodes), targets, gamma=gamma, modality_weights=emb_m)
-    zero = table.new_zeros((), dtype=accumulate_type(table.dtype))
+    acc = accumulate_type(table.dtype)
     kept = [t if w else None for w, t in zip(weights, terms, strict=True)]
+    zero = table.new_zeros((), dtype=acc) if any(weights) else table[:0].sum(dtype=acc)  # still part of the graph
     loss = sum((w * t for w, t in zip(weights, kept, strict=True) if t is not None), zero)
-    return loss, torch.stack([zero if t is None else t.detach() for t in kept])
+    return loss, torch.stack([(zero if t is None else t).detach() for t in kept])
 
 
 def _checked(
@@ -129,6 +131,8 @@ def _checked(
     """The arguments, conformed: what a part of weight 0 would take is left out."""
     check_floating(table, "table")
     check_rank(table, "table", 2)
+    if isinstance(num_users, bool) or not hasattr(num_users, "__index__"):
+        raise TypeError(f"num_users: expected an int, got {type(num_users).__name__}")
     if not 0 <= num_users <= len(table):
         raise ValueError(f"num_users: expected 0 to {len(table)}, the rows of table, got {num_users}")
     check_index(users, "users")
@@ -157,9 +161,13 @@ def _checked(
 
 
 def _four(weights) -> tuple[float, float, float, float]:
-    if len(weights) != 4 or not all(0 <= w < float("inf") for w in weights):
-        raise ValueError(f"weights: expected four numbers >= 0, of BPR, PairKD, ListKD and EmbKD, got {weights}")
-    return tuple(float(w) for w in weights)
+    try:
+        four = tuple(float(w) for w in weights)
+    except (TypeError, ValueError):
+        four = ()
+    if len(four) != 4 or not all(0 <= w < float("inf") for w in four):
+        raise ValueError(f"weights: expected four numbers >= 0, of BPR, PairKD, ListKD and EmbKD, got {weights!r}")
+    return four
 
 
 def _check_there(weights, teacher_margin, teacher_logits, nodes, targets) -> None:
@@ -257,8 +265,9 @@ def _register(ns: str, ops) -> None:
         return
 
     def fake(table, num_users, users, candidates, margin, logits, nodes, targets, *rest):
-        like = zip((table, margin, logits, targets), rest[-4:], strict=True)
-        grads = (table.new_empty(t.shape if need and t is not None else (0,)) for t, need in like)
+        by = 1.0, *rest[3:6]  # the weights of PairKD, ListKD and EmbKD
+        like = zip((table, margin, logits, targets), by, rest[-4:], strict=True)
+        grads = (table.new_empty(t.shape if need and w and t is not None else (0,)) for t, w, need in like)
         return table.new_empty(()), table.new_empty(4), *grads
 
     torch.library.register_fake(f"{ns}::distill", fake)

@@ -17,11 +17,10 @@ def distill(
     list_modalities: Tensor | None, emb_modalities: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`(weights . terms, terms)`, terms `[4]`: BPR, PairKD, ListKD, EmbKD; 0 where the weight is 0 or there is nothing."""
-    user_emb, item_emb = table[:num_users], table[num_users:]
-    scores = list_scores(user_emb, item_emb, users, candidates)
-    nothing = scores.sum() * 0 if scores.numel() else scores.sum()  # still part of the graph
+    nothing = table[:0].sum(dtype=torch.float64 if table.dtype == torch.float64 else torch.float32)  # part of the graph
     terms = [nothing] * 4
-    if len(users):
+    if len(users) and any(weights[:3]):
+        scores = list_scores(table[:num_users], table[num_users:], users, candidates)
         margin = scores[:, 0] - scores[:, 1]
         if weights[0]:
             terms[0] = bpr(margin)
@@ -31,5 +30,5 @@ def distill(
             terms[2] = list_kd(scores, teacher_logits, alpha, beta, list_tau, list_weight, list_modalities)
     if weights[3] and len(nodes):
         terms[3] = emb_kd(table[nodes], targets, gamma, emb_modalities)
-    loss = sum(w * t for w, t in zip(weights, terms, strict=True))
+    loss = sum((w * t for w, t in zip(weights, terms, strict=True) if w), nothing)
     return loss, torch.stack(terms).detach()

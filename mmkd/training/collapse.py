@@ -19,17 +19,20 @@ class _State(torch.autograd.Function):
     """``V V^T S^m`` for all modalities, ``[M, e, d]``: two products each way, where autograd's matmul makes ten small calls."""
 
     @staticmethod
-    def forward(ctx, stacked: Tensor, mixed: Tensor, modalities: int) -> Tensor:  # V [e, d], S [e, M d]
-        ctx.save_for_backward(stacked, mixed)
+    def forward(stacked: Tensor, mixed: Tensor, modalities: int) -> Tensor:  # V [e, d], S [e, M d]
         inner, wide = mixed.shape
         product = (stacked @ stacked.T) @ mixed
         return product.view(inner, modalities, wide // modalities).transpose(0, 1).contiguous()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs[:2])
+
+    @staticmethod
     def backward(ctx, grad: Tensor):
         stacked, mixed = ctx.saved_tensors
-        square = grad.transpose(0, 1).reshape(mixed.shape) @ mixed.T  # [e, e], of V V^T
+        flat = grad.transpose(0, 1).reshape(mixed.shape).to(mixed.dtype)  # 16 bits from an autocast region
+        square = flat @ mixed.T  # [e, e], of V V^T
         return (square + square.T) @ stacked, None, None
 
 

@@ -122,11 +122,11 @@ def add_l2(model: Propagated, batch: NodeBatch, weight: float) -> Tensor:
     with torch.no_grad():
         share, counts = weight / batch.users.numel(), batch.counts.to(table.dtype)
         if weight and held is not None and held.grad is not None:
-            held.l2 = share * batch.all_counts
+            held.l2 = share * batch.all_counts.to(table.dtype)
         elif weight:
             table.grad.index_add_(0, batch.touched, (share * counts)[:, None] * table.index_select(0, batch.touched))
         square = ops.list_scores(table, table, batch.touched, batch.touched[:, None])  # ||row||^2, [n, 1]
-        return torch.dot(counts, square[:, 0]).mul_(0.5 * share)
+        return torch.dot(counts.to(square.dtype), square[:, 0]).mul_(0.5 * share)
 
 
 class Ahead(Generic[T]):

@@ -199,8 +199,8 @@ class StudentTask:
         asked = drawn.asked, drawn.candidates, self.teacher.state()
         loss, terms = self._distill(batch, table, *self.teacher.asked(*asked, lists=bool(self.distill.list)))
         if len(batch.shared):
-            terms["ranking"] = ranking_loss(*batch.split(table), batch)
-            loss = loss + terms["ranking"]
+            ranking = ranking_loss(*batch.split(table), batch)
+            loss, terms = loss + ranking, {"ranking": ranking, **terms}
         loss.backward()
         terms = {name: value.detach() for name, value in terms.items()}
         return {**terms, "l2": add_l2(self.student, batch, self.settings.l2)}
@@ -217,9 +217,7 @@ class StudentTask:
             list_tau=d.list_tau, list_weight=d.list_weight, gamma=d.emb_gamma, list_modalities=self.modality_weights,
             emb_modalities=self.emb_modalities,
         )  # fmt: skip
-        named = zip(
-            ("ranking", "pair", "list", "emb"), weights, (terms * terms.new_tensor(weights)).unbind(), strict=True
-        )
+        named = zip(("ranking", "pair", "list", "emb"), weights, (terms * self.lambdas).unbind(), strict=True)
         return loss, {name: term for name, weight, term in named if weight}
 
     def tables(self) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from itertools import product
 
 import pytest
@@ -216,25 +217,49 @@ def test_second_derivatives_raise():
         torch.autograd.grad(case.loss()(*leaves, "cpp"), leaves, create_graph=True)
 
 
+def test_transforms_are_refused():
+    case = Case()
+    with pytest.raises(RuntimeError, match=r"distill: transforms of torch.func are not supported"):
+        torch.func.grad(lambda t: case.loss()(t, *case.leaves[1:], "cpp"))(case.table)
+
+
+def test_what_has_no_weight_is_not_looked_at():
+    case = Case()
+    with torch.no_grad():
+        case.table[0] = float("inf")
+    for impl in ("cpp", "reference"):
+        table = case.table.clone().requires_grad_()
+        nodes = case.nodes.clamp_min(1)
+        loss, terms = ops.distill_loss(
+            table,
+            USERS,
+            case.users,
+            case.candidates,
+            nodes=nodes,
+            targets=case.targets,
+            weights=(0, 0, 0, 1),
+            impl=impl,
+        )
+        loss.backward()
+        assert torch.isfinite(loss) and torch.isfinite(terms).all() and torch.isfinite(table.grad).all()
+
+
 def test_indices_out_of_range_are_named(cpu_isa):
     case = Case()
-    for name, position, bad in (
-        ("users", 2, USERS), ("candidates", 3, ITEMS), ("candidates", 3, -1), ("nodes", 6, USERS + ITEMS), ("nodes", 6, -1),
+    for name, at, bad in (
+        ("users", 1, USERS), ("users", 69, -1), ("candidates", 1, ITEMS), ("candidates", 1, -1), ("nodes", 1, USERS + ITEMS),
+        ("nodes", 1, -1), ("nodes", 8, 2**62),
     ):  # fmt: skip
         broken = {n: getattr(case, n) for n in ("users", "candidates", "nodes")}
-        index = broken[position_name(position)].clone()
-        index.view(-1)[1] = bad
+        index = broken[name].clone()
+        index.view(-1)[at] = bad
         broken[name] = index
         for table in (case.table, case.table.clone().requires_grad_()):
-            with pytest.raises(RuntimeError, match=rf"{name}: entry 1 is {bad}, expected \[0, "):
+            with pytest.raises(RuntimeError, match=rf"{name}: entry {at} is {bad}, expected \[0, "):
                 ops.distill_loss(
                     table, USERS, broken["users"], broken["candidates"], case.margin, case.logits, broken["nodes"],
                     case.targets, impl="cpp",
                 )  # fmt: skip
-
-
-def position_name(position: int) -> str:
-    return {2: "users", 3: "candidates", 6: "nodes"}[position]
 
 
 def test_errors_name_the_argument():
@@ -250,6 +275,10 @@ def test_errors_name_the_argument():
     cases = [
         (TypeError, "table: expected", {"table": case.table.int()}),
         (ValueError, "num_users: expected 0 to 30", {"num_users": 31}),
+        (TypeError, "num_users: expected an int", {"num_users": 12.5}),
+        (TypeError, "num_users: expected an int", {"num_users": None}),
+        (ValueError, "weights: expected four numbers", {"weights": None}),
+        (ValueError, "weights: expected four numbers", {"weights": ("a", 1.0, 1.0, 1.0)}),
         (TypeError, "users: expected", {"users": case.users.int()}),
         (ValueError, "candidates: expected shape", {"candidates": case.candidates[1:]}),
         (ValueError, "candidates: expected K >= 2", {"candidates": case.candidates[:, :1]}),
@@ -277,8 +306,31 @@ def test_errors_name_the_argument():
             call(**changed)
 
 
+COMPOSED = [*SETTINGS, *({"weights": tuple(2.0 * (i == only) for i in range(4))} for only in range(4))]
+
+
+@pytest.mark.parametrize("settings", [*COMPOSED, {"weights": (0.0, 0.0, 0.0, 0.0)}])
+def test_off_the_cpu_it_is_composed_of_the_single_ops(settings, monkeypatch):
+    case = Case(torch.float64)
+    leaves = [t.requires_grad_() for t in case.leaves]
+
+    def run(impl):
+        own = [t.detach().clone().requires_grad_() for t in leaves]
+        loss = case.loss(**settings)(*own, impl)
+        loss.backward()
+        return [loss.detach(), own[0].grad, *(torch.zeros_like(t) if t.grad is None else t.grad for t in own[1:])]
+
+    fused, truth = run("cpp"), run("reference")
+    door = importlib.import_module("mmkd.ops.distill")
+    calls = []
+    monkeypatch.setattr(door, "_fused", lambda which, *arguments: calls.append(which) or door.composed(*arguments))
+    torch.testing.assert_close(run("cpp"), fused)
+    assert calls == ["cpp"]
+    torch.testing.assert_close(truth, fused)
+
+
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_composed_of_the_single_ops_it_is_the_same(settings):
+def test_16_bits_are_composed(settings):
     case = Case(torch.float64)
     leaves = [t.requires_grad_() for t in case.leaves]
     fused = case.loss(**settings)(*leaves, "cpp")
