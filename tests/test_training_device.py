@@ -107,7 +107,8 @@ def test_every_step_keeps_to_the_gpu(dataset, amp, norm, monkeypatch):
             to_gpu(task.model, there)
             if task.name == "student":
                 to_gpu(frozen, there)
-                task.modality_weights = fake(weights)
+                for name in ("modality_weights", "emb_modalities", "lambdas"):
+                    setattr(task, name, fake(getattr(task, name)))
             task.graph = there
             task.batch = lambda epoch, step, drawn=batches[task.name]: drawn  # `step` moves it
             terms = task.step(0, 0)
