@@ -189,6 +189,12 @@ def test_the_prompt_s_state_is_differentiable_twice_under_transforms_and_in_auto
     (true_slope,) = torch.autograd.grad(plain(weight), weight, create_graph=True)
     torch.testing.assert_close(slope, true_slope)
     torch.testing.assert_close(curve, torch.autograd.grad(true_slope.square().sum(), weight)[0])
+
+    def of_weight(w):
+        return torch.func.functional_call(frozen, {"prompt.weight": w}).joint.square().sum()
+
+    transformed = torch.func.grad(of_weight)(weight.detach())
+    torch.testing.assert_close(transformed, torch.autograd.grad(frozen().joint.square().sum(), weight)[0])
     frozen.float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         state = frozen.state()
