@@ -10,8 +10,6 @@
 namespace mmkd {
 namespace {
 
-constexpr int64_t kMostTargets = 16;  // as emb_kd's kernel
-
 struct Lambdas {
   double bpr, pair, list, emb;
 };
@@ -85,7 +83,7 @@ void check_inputs(const Inputs& in) {
   check_size(targets, "targets", 1, in.nodes.size(0));
   check_size(targets, "targets", 2, in.table.size(1));
   MMKD_CHECK(targets.is_contiguous(), "targets: expected a contiguous tensor");
-  MMKD_CHECK(targets.size(0) <= kMostTargets, "targets: expected at most ", kMostTargets, ", got ", targets.size(0));
+  MMKD_CHECK(targets.size(0) <= kMostTeachers, "targets: expected at most ", kMostTeachers, ", got ", targets.size(0));
   check_dim(in.emb_weights, "emb_weights", 1);
   check_size(in.emb_weights, "emb_weights", 0, targets.size(0));
   check_type(in.emb_weights, "emb_weights", type);
@@ -272,9 +270,11 @@ std::vector<int64_t> joined(const Inputs& in, int64_t batch, int64_t n) {
 }
 
 [[noreturn]] void fail_indices(const Inputs& in) {
-  check_entries(in.users, "users", in.num_users);
-  check_entries(in.candidates, "candidates", in.table.size(0) - in.num_users);
-  check_entries(in.nodes, "nodes", in.table.size(0));
+  if (in.by.bpr != 0 || in.by.pair != 0 || in.by.list != 0) {  // else they were not looked at
+    check_entries(in.users, "users", in.num_users);
+    check_entries(in.candidates, "candidates", in.table.size(0) - in.num_users);
+  }
+  if (in.by.emb != 0) check_entries(in.nodes, "nodes", in.table.size(0));
   fail("users, candidates, nodes: changed while they were being read");
 }
 

@@ -5,8 +5,6 @@
 namespace mmkd {
 namespace {
 
-constexpr int64_t kMostTeachers = 16;  // the kernel keeps their coefficients in registers
-
 EmbKDArgs args_of(const Tensor& student, const Tensor& teachers, const Tensor& weights, double gamma) {
   check_float(student, "student");
   check_dim(student, "student", 2);

@@ -19,8 +19,6 @@ MMKD_INLINE A raised(A v, A gamma) {
   return v > 0 ? power(v, gamma) : A(0);
 }
 
-constexpr int64_t kTeachers = 16;  // the most there may be
-
 // <e, f> and <f, f> in one pass.
 template <class T>
 MMKD_INLINE void products(const T* e, const T* f, int64_t d, Acc<T>& ef, Acc<T>& ff) {
@@ -105,7 +103,7 @@ MMKD_INLINE void student_row(T* out, Acc<T> b, const T* e, const Acc<T>* weight,
 template <class A>
 struct Stats {
   static constexpr int64_t lanes = Vec<A>::size;
-  A ee[lanes], ef[kTeachers * lanes], ff[kTeachers * lanes];
+  A ee[lanes], ef[kMostTeachers * lanes], ff[kMostTeachers * lanes];
 
   MMKD_INLINE explicit Stats(int64_t m_count) {  // rows that are not there are zero
     const typename Vec<A>::V zero{};
@@ -150,7 +148,7 @@ MMKD_INLINE void grad_rows(const EmbKDArgs& a, int64_t first, int64_t count, con
   const A* weights = static_cast<const A*>(a.weights);
   const T* e = static_cast<const T*>(a.student) + first * d;
   const T* f = static_cast<const T*>(a.teachers) + first * d;
-  A across[kTeachers * lanes], along_e[lanes], along_f[lanes];
+  A across[kMostTeachers * lanes], along_e[lanes], along_f[lanes];
   const V zero{};
   V shrink{};
   for (int64_t m = 0; m < m_count; ++m) {

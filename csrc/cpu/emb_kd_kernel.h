@@ -7,6 +7,8 @@
 
 namespace mmkd {
 
+constexpr int64_t kMostTeachers = 16;  // their coefficients are kept in registers
+
 struct EmbKDArgs {
   DType dtype;           // of student, teachers and their gradients
   const void* student;   // [n, d]

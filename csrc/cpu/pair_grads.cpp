@@ -159,7 +159,7 @@ void PairGrads::write(const void* weights, const GradTable& user, const GradTabl
     none.emplace_back(0, tables_.num_users, 0, tables_.num_users);
     plan(none, tables_.num_users, nullptr, nullptr, 1, 1, user);
   }
-  const int64_t numbers = (need_user_ ? tables_.num_users * d : 0) + (need_item_ ? tables_.num_items * d : 0);
+  const int64_t numbers = (user.out ? tables_.num_users * d : 0) + (item.out ? tables_.num_items * d : 0);
   const bool small = batch_ * fan_ <= kFew && numbers <= kFew * 64;
   for_chunks(
       static_cast<int64_t>(pieces.size()),

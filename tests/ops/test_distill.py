@@ -262,6 +262,15 @@ def test_indices_out_of_range_are_named(cpu_isa):
                 )  # fmt: skip
 
 
+def test_only_what_was_looked_at_is_named():
+    case = Case()
+    with pytest.raises(RuntimeError, match="nodes: entry 0 is 99"):
+        ops.distill_loss(
+            case.table, USERS, case.users + USERS, case.candidates, nodes=torch.full((9,), 99), targets=case.targets,
+            weights=(0, 0, 0, 1), impl="cpp",
+        )  # fmt: skip
+
+
 def test_errors_name_the_argument():
     case = Case()
 
