@@ -33,7 +33,7 @@ EmbKDArgs args_of(const Tensor& student, const Tensor& teachers, const Tensor& w
 }
 
 bool large(const EmbKDArgs& a, const Tensor& like, const void* out) {
-  return !out || past_caches(out, a.n, a.d * static_cast<int64_t>(like.element_size()), 8);
+  return !out || past_caches(out, a.n, a.d * static_cast<int64_t>(like.element_size()), 0.25);
 }
 
 std::tuple<Tensor, Tensor, Tensor> emb_kd(Tensor student, Tensor teachers, Tensor weights, double gamma,

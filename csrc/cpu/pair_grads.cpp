@@ -143,7 +143,7 @@ void PairGrads::write(const void* weights, const GradTable& user, const GradTabl
       entries.push_back(scratch<char>(n * acc));
       a.entry_weight = entries.back().get();
       a.out = grad.out;
-      a.stream = past_caches(a.out, table_rows, d * element, 4);
+      a.stream = past_caches(a.out, table_rows, d * element, 0.125);
       a.base = grad.base;
       // Small tables are cut finer than the zeros alone would ask for: there the sums are the work.
       const int64_t count = std::max((rows + kRowsAPiece - 1) / kRowsAPiece, std::min<int64_t>(rows, 1 + n / 512));

@@ -6,6 +6,7 @@
 #include "cpu/blocks.h"
 #include "cpu/dtype.h"
 #include "cpu/isa.h"
+#include "cpu/processor.h"
 
 namespace mmkd {
 
@@ -41,9 +42,10 @@ inline void for_chunks(int64_t chunks, const F& f, bool small = false) {
 }
 
 // Whether a table is to be written past the caches, so that its lines are not read first and push nothing out: from
-// `least` MB on, which the caller takes to be more than is kept until the table is read.
-inline bool past_caches(const void* at, int64_t rows, int64_t row_bytes, int64_t least) {
-  return row_bytes % 64 == 0 && reinterpret_cast<uintptr_t>(at) % 64 == 0 && rows * row_bytes >= least << 20;
+// `share` of the last-level cache on, which the caller takes to be more than is kept until the table is read.
+inline bool past_caches(const void* at, int64_t rows, int64_t row_bytes, double share) {
+  return row_bytes % 64 == 0 && reinterpret_cast<uintptr_t>(at) % 64 == 0 &&
+         static_cast<double>(rows * row_bytes) >= share * static_cast<double>(last_level_cache());
 }
 
 // Runs f(begin, end) over [0, n) in pieces of at least `grain`.

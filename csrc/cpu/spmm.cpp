@@ -104,7 +104,7 @@ std::vector<int64_t> cut_evenly(const Csr& m, const int64_t* rows, int64_t n) {
 }
 
 void run(const Csr& m, SpmmArgs a, int64_t n, bool read_again = false) {
-  a.stream = a.dtype == DType::f32 && !a.compact && past_caches(a.out, n, 4 * a.d, read_again ? 8 : 4);
+  a.stream = a.dtype == DType::f32 && !a.compact && past_caches(a.out, n, 4 * a.d, read_again ? 0.25 : 0.125);
   const std::vector<int64_t> bounds = cut_evenly(m, a.rows, n);
   std::atomic<int64_t> bad{-1};
   for_chunks(static_cast<int64_t>(bounds.size()) - 1, [&](int64_t c) {
@@ -125,6 +125,7 @@ SpmmArgs args_of(const Csr& m, const Tensor& x) {
   a.num_cols = x.size(0);
   a.nnz = m.nnz;
   a.d = x.size(1);
+  a.far = prefetches_far();
   a.alpha = 1.0;
   return a;
 }
@@ -381,7 +382,7 @@ void push_layer(const Graph& g, const Tensor& grad, const std::vector<int64_t>& 
   const int64_t nodes = g.m.num_rows, d = grad.size(1);
   const int64_t row_bytes = d * static_cast<int64_t>(grad.element_size());
   char* to = static_cast<char*>(h.mutable_data_ptr());
-  const bool stream = past_caches(to, nodes, row_bytes, 4);
+  const bool stream = past_caches(to, nodes, row_bytes, 0.125);
   for_range(nodes, 1024,
             [&](int64_t begin, int64_t end) { MMKD_ON_ISA(zero_rows(to, row_bytes, active, stream, begin, end)); });
   const PushArgs push{dtype_of(grad),

@@ -389,7 +389,7 @@ int64_t rows_in_order(const SpmmArgs& a, int64_t begin, int64_t end, const Near&
   while (begin < end) {
     const Block block = next_block(a.rowptr, static_cast<const I*>(a.col), begin, end, a.nnz, a.num_cols);
     if (block.bad >= 0) return block.bad;
-    if (block.reach > far_rows) {
+    if (a.far && block.reach > far_rows) {
       far(begin, block.end);
     } else {
       near(begin, block.end);
@@ -472,7 +472,11 @@ struct Copied {
 
   void flush() {
     const auto row_at = [first = row](int64_t i) { return first[i]; };
-    Rows<kValue, true, T, I, decltype(row_at)>{entries(), t, 0, rows, row_at}.run();
+    if (a.far) {
+      Rows<kValue, true, T, I, decltype(row_at)>{entries(), t, 0, rows, row_at}.run();
+    } else {
+      Rows<kValue, false, T, I, decltype(row_at)>{entries(), t, 0, rows, row_at}.run();
+    }
     rows = n = 0;
   }
 
@@ -495,7 +499,14 @@ struct Copied {
     template <int NV>
     void strip(int64_t c0) const {
       typename Vec<T>::V s[NV] = {};
-      in_blocks([&] { gather<NV, kValue, true>(buffer.entries(), 0, buffer.n, buffer.t.x + c0, buffer.t.d, s); });
+      const T* x = buffer.t.x + c0;
+      in_blocks([&] {
+        if (buffer.a.far) {
+          gather<NV, kValue, true>(buffer.entries(), 0, buffer.n, x, buffer.t.d, s);
+        } else {
+          gather<NV, kValue, false>(buffer.entries(), 0, buffer.n, x, buffer.t.d, s);
+        }
+      });
       finish<NV>(row, s, c0, buffer.t);
     }
 

@@ -33,6 +33,7 @@ struct SpmmArgs {
                            // col_scale and add_map, without values, float32 or float64, d a multiple of 16
   void* out;               // [n, d] if compact, else [num_rows, d]
   bool compact;
+  bool far;     // rows that come from far away are prefetched into the second-level cache as well
   bool stream;  // out is written past the caches; float32, aligned to 64 bytes, d a multiple of 16
   int64_t num_rows, num_cols, nnz, d;
   double alpha;
