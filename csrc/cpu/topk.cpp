@@ -1,7 +1,6 @@
 // Exact all-ranking top-k on the CPU: tiles of scores are compared with each user's k-th best while still in registers,
-// and only what is above it is looked at again. No score matrix exists.
+// and only what is above it is kept. No score matrix exists.
 #include <algorithm>
-#include <bit>
 #include <limits>
 #include <vector>
 
@@ -31,82 +30,84 @@ struct Exclusion {
   }
 };
 
-// A score and its item as one value whose order is the ranking's: higher score first, equal scores by lower id.
-template <class A>
-struct Candidate;
-template <>
-struct Candidate<double> {
-  double score;
-  int64_t item;
-  static Candidate of(double score, int64_t item) { return {score, item}; }
-  bool operator<(const Candidate& o) const { return score != o.score ? score > o.score : item < o.item; }
-  double score_of() const { return score; }
-  int64_t item_of() const { return item; }
-};
-// One 64-bit number: the score's bits, mapped so that integers order like floats, above the item.
-template <>
-struct Candidate<float> {
-  uint64_t key;  // ascending: best first
-  static Candidate of(float score, int64_t item) {
-    const uint32_t u = std::bit_cast<uint32_t>(score + 0.0f);  // -0 is 0
-    const uint32_t rising = u & 0x80000000u ? ~u : u | 0x80000000u;
-    return {static_cast<uint64_t>(~rising) << 32 | static_cast<uint32_t>(item)};
+// Moves the best k of [first, last), more than k, to its front, the k-th of them last. As std::nth_element, but without
+// a branch on what compares how, which in a buffer without order is guessed wrong every other time.
+template <class C>
+void select(C* first, C* last, int64_t k) {
+  C* const kth = first + (k - 1);
+  for (int rounds = 0; last - first > 16 && rounds < 32; ++rounds) {
+    C a = first[0], b = first[(last - first) / 2], c = last[-1];
+    if (b < a) std::swap(a, b);
+    if (c < b) b = c < a ? a : c;  // the middle one: something is before it and something behind
+    const C pivot = b;
+    C* split = first;
+    for (C* i = first; i != last; ++i) {
+      const C x = *i;
+      *i = *split;
+      *split = x;
+      split += x < pivot;
+    }
+    (kth < split ? last : first) = split;
   }
-  bool operator<(const Candidate& o) const { return key < o.key; }
-  float score_of() const {
-    const uint32_t rising = ~static_cast<uint32_t>(key >> 32);
-    return std::bit_cast<float>(rising & 0x80000000u ? rising & 0x7fffffffu : ~rising);
-  }
-  int64_t item_of() const { return static_cast<uint32_t>(key); }
-};
+  std::nth_element(first, kth, last);
+}
 
-// The best k of one user so far, kept as an unordered buffer that is cut back to k when it is full.
+// The best k of one user so far, in a buffer that is cut back to k when it is full: in no order, then what came since,
+// in order of items, with those he must not get.
 template <class A>
 class Best {
  public:
   void start(int64_t k, int64_t user, const Exclusion& exclusion) {
     k_ = k;
-    kept_.clear();
-    kept_.reserve(static_cast<size_t>(capacity()));
+    buffer_.resize(static_cast<size_t>(capacity() + kMostPanel));
+    end = buffer_.data();
+    cut_ = 0;
     exclusion.row(user, excluded_);
     next_ = excluded_.data();
     floor = -std::numeric_limits<A>::infinity();
   }
 
-  // Items come in ascending order, so one that only equals the floor loses to those that set it.
-  void offer(A score, int64_t item) {
-    if (!(score > floor)) return;
-    const int64_t* const end = excluded_.data() + excluded_.size();
-    while (next_ != end && *next_ < item) ++next_;
-    if (next_ != end && *next_ == item) return;
-    kept_.push_back(Candidate<A>::of(score, item));
-    if (static_cast<int64_t>(kept_.size()) == capacity()) cut();
+  bool full() const { return end - buffer_.data() > capacity(); }
+
+  // Drops what is excluded, and all but the best k. Items come in ascending order, so one that only equals the floor
+  // loses to those that set it.
+  void cut() {
+    Candidate<A>*const first = buffer_.data(), *to = first + cut_;
+    const int64_t* const last = excluded_.data() + excluded_.size();
+    for (const Candidate<A>* c = to; c != end; ++c) {
+      const int64_t item = c->item_of();
+      while (next_ != last && *next_ < item) ++next_;
+      if (next_ == last || *next_ != item) *to++ = *c;
+    }
+    if (to - first > k_) {
+      select(first, to, k_);
+      to = first + k_;
+      floor = first[k_ - 1].score_of();
+    }
+    end = to;
+    cut_ = to - first;
   }
 
   void write(A* scores, int64_t* items) {
-    if (static_cast<int64_t>(kept_.size()) > k_) cut();
-    std::sort(kept_.begin(), kept_.end());
+    cut();
+    std::sort(buffer_.data(), end);
     for (int64_t i = 0; i < k_; ++i) {
-      const bool there = i < static_cast<int64_t>(kept_.size());
-      scores[i] = there ? kept_[i].score_of() : -std::numeric_limits<A>::infinity();
-      items[i] = there ? kept_[i].item_of() : -1;
+      const bool there = i < cut_;
+      scores[i] = there ? buffer_[i].score_of() : -std::numeric_limits<A>::infinity();
+      items[i] = there ? buffer_[i].item_of() : -1;
     }
   }
 
   A floor;
+  Candidate<A>* end;  // room for kMostPanel more, unless it is full
 
  private:
   int64_t capacity() const { return 2 * k_ + 32; }
-  void cut() {
-    std::nth_element(kept_.begin(), kept_.begin() + (k_ - 1), kept_.end());
-    kept_.resize(static_cast<size_t>(k_));
-    floor = kept_[k_ - 1].score_of();
-  }
 
-  int64_t k_ = 0;
-  std::vector<Candidate<A>> kept_;
+  int64_t k_ = 0, cut_ = 0;  // cut_: entries that are no excluded ones
+  std::vector<Candidate<A>> buffer_;
   std::vector<int64_t> excluded_;
-  const int64_t* next_ = nullptr;  // the first excluded item that is not behind those offered
+  const int64_t* next_ = nullptr;  // the first excluded item that is not behind those dropped
 };
 
 template <class A>
@@ -134,26 +135,29 @@ void rank(const Problem<A>& p, const int64_t* ids, int64_t count, Best<A>* best,
   for (int64_t i = 0; i < count; ++i) best[i].start(p.k, ids[i], p.exclusion);
   const int64_t block =
       std::max<int64_t>(1, kPanelBytes / std::max<int64_t>(1, p.d * p.width * static_cast<int64_t>(sizeof(A))));
-  A tile[kTileUsers * kMostPanel], floors[kTileUsers];
-  TopkTile t{std::is_same_v<A, double>, {}, nullptr, floors, tile, {}, p.d};
+  A floors[kTileUsers];
+  Candidate<A> nobody[kMostPanel];
+  TopkTile t{std::is_same_v<A, double>, {}, nullptr, floors, {}, p.d, 0, 0};
   for (int64_t first = 0; first < p.panels; first += block) {
     for (int64_t group = 0; group < count; group += kTileUsers) {
       const int64_t here = std::min<int64_t>(kTileUsers, count - group);
-      for (int64_t r = 0; r < kTileUsers; ++r) {  // a short last tile repeats its last user
+      for (int64_t r = 0; r < kTileUsers; ++r) {  // a short last tile repeats its last user, who keeps nothing twice
         t.users[r] = p.users + ids[group + std::min(r, here - 1)] * p.d;
         floors[r] = r < here ? best[group + r].floor : std::numeric_limits<A>::infinity();
+        t.kept[r] = r < here ? best[group + r].end : nobody;
       }
       for (int64_t panel = first; panel < std::min(first + block, p.panels); ++panel) {
         t.panel = p.packed.data() + panel * p.d * p.width;
+        t.first = panel * p.width;
+        t.there = static_cast<uint32_t>((uint64_t{1} << std::min(p.width, p.num_items - t.first)) - 1);
         if (!MMKD_ON_ISA(topk_tile(t))) continue;
-        const int64_t base = panel * p.width, wide = std::min(p.width, p.num_items - base);
-        const uint32_t there = static_cast<uint32_t>((uint64_t{1} << wide) - 1);  // the last panel is padded
         for (int64_t r = 0; r < here; ++r) {
-          for (uint32_t left = t.above[r] & there; left; left &= left - 1) {
-            const int c = std::countr_zero(left);
-            best[group + r].offer(tile[r * p.width + c], base + c);
-          }
-          floors[r] = best[group + r].floor;
+          Best<A>& b = best[group + r];
+          b.end = static_cast<Candidate<A>*>(t.kept[r]);
+          if (!b.full()) continue;
+          b.cut();
+          floors[r] = b.floor;
+          t.kept[r] = b.end;
         }
       }
     }

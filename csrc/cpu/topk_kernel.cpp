@@ -30,6 +30,36 @@ MMKD_INLINE uint32_t lanes_above(vd v, double floor) {
 #endif
 }
 
+// Appends a vector's lanes of `above`.
+template <class A>
+MMKD_INLINE Candidate<A>* append(Candidate<A>* to, typename Vec<A>::V scores, uint32_t above, int64_t first) {
+  A score[Vec<A>::size];
+  Vec<A>::store(score, scores);
+  for (; above; above &= above - 1) {
+    const int lane = __builtin_ctz(above);
+    *to++ = Candidate<A>::of(score[lane], first + lane);
+  }
+  return to;
+}
+#if defined(MMKD_ISA_avx512)
+// Candidate<float>::of for all lanes, those of `above` moved to the front. Writes whole vectors.
+template <>
+MMKD_INLINE Candidate<float>* append(Candidate<float>* to, vf scores, uint32_t above, int64_t first) {
+  const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const __m512i even = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(8));
+  const __mmask16 mask = static_cast<__mmask16>(above);
+  const __m512i item = _mm512_maskz_compress_epi32(
+      mask, _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int>(static_cast<uint32_t>(first)))));
+  const __m512i bits = _mm512_maskz_compress_epi32(mask, reinterpret_cast<__m512i>(scores + 0.0f));
+  const __m512i positive = _mm512_andnot_si512(_mm512_srai_epi32(bits, 31), _mm512_set1_epi32(0x7fffffff));
+  const __m512i falling = _mm512_xor_si512(bits, positive);
+  _mm512_storeu_si512(to, _mm512_permutex2var_epi32(item, even, falling));
+  _mm512_storeu_si512(to + 8, _mm512_permutex2var_epi32(item, odd, falling));
+  return to + __builtin_popcount(above);
+}
+#endif
+
 // Twelve accumulators of two vectors per user stay in registers over the whole inner product.
 template <class A>
 bool tile_typed(TopkTile& t) {
@@ -50,18 +80,22 @@ bool tile_typed(TopkTile& t) {
     }
   }
   const A* floors = static_cast<const A*>(t.floors);
-  uint32_t any = 0;
+  const uint32_t there_low = t.there & ((1u << W::size) - 1), there_high = t.there >> W::size;
+  uint32_t above[kTileUsers], above_high[kTileUsers], any = 0;
 #pragma GCC unroll 8
   for (int r = 0; r < kTileUsers; ++r) {
-    const uint32_t above = lanes_above(low[r], floors[r]) | lanes_above(high[r], floors[r]) << W::size;
-    t.above[r] = above;
-    any |= above;
-    if (!above) continue;
-    A* out = static_cast<A*>(t.scores) + r * width;
-    W::store(out, low[r]);
-    W::store(out + W::size, high[r]);
+    above[r] = lanes_above(low[r], floors[r]) & there_low;
+    above_high[r] = lanes_above(high[r], floors[r]) & there_high;
+    any |= above[r] | above_high[r];
   }
-  return any != 0;
+  if (!any) return false;
+  // Every user, whether he has any or not: who has is not to be foreseen.
+#pragma GCC unroll 8
+  for (int r = 0; r < kTileUsers; ++r) {
+    Candidate<A>* to = append<A>(static_cast<Candidate<A>*>(t.kept[r]), low[r], above[r], t.first);
+    t.kept[r] = append<A>(to, high[r], above_high[r], t.first + W::size);
+  }
+  return true;
 }
 
 }  // namespace

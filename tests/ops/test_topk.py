@@ -48,6 +48,23 @@ def test_real_scores_within_rounding(dtype, cpu_isa):
     assert all(row.unique().numel() == 50 for row in ids)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("k", [1, 7, 50, 400])
+def test_scores_that_rise_fall_or_saw_and_their_best_excluded(k, dtype, cpu_isa):
+    """Every item counts when it comes, and buffers are cut many times; the excluded ones are the best of all."""
+    n = 3000
+    rising, saw = torch.arange(n, dtype=dtype) - n / 2, (torch.arange(n) * 37 % 101).to(dtype)
+    zeros = torch.where(torch.arange(n) % 2 == 0, 0.0, -0.0).to(dtype)
+    item_emb = torch.stack([rising, -rising, saw, torch.minimum(rising, rising.flip(0)), zeros], 1)
+    user_emb = torch.eye(5, dtype=dtype)
+    best = user_emb @ item_emb.T
+    taken = best.topk(1200).indices.to(torch.int32)
+    for exclude in (None, (torch.arange(6) * 1200, taken.reshape(-1))):
+        ours = ops.topk(user_emb, item_emb, k, exclude=exclude)
+        truth = ops.topk(user_emb.double(), item_emb.double(), k, exclude=exclude, impl="reference")
+        assert torch.equal(ours[1], truth[1]) and torch.equal(ours[0].double(), truth[0])
+
+
 def test_a_subset_of_users_in_any_order_with_repeats():
     user_emb, item_emb, exclude = torch.randn(40, 8), torch.randn(60, 8), exclusions(40, 60)
     users = torch.tensor([39, 0, 0, 17])
