@@ -35,11 +35,16 @@ STABLE_TORCH_LIBRARY(mmkd, m) {
   m.def(
       "propagate_backward(Tensor rowptr, Tensor col, Tensor scale, Tensor grad, int num_layers, Tensor? rows, "
       "Tensor? plan=None) -> Tensor");
+  // The same with layers in bfloat16, x and what comes back in float32.
+  m.def("propagate_mixed(Tensor rowptr, Tensor col, Tensor scale, Tensor x, int num_layers, Tensor? rows) -> Tensor");
+  m.def(
+      "propagate_mixed_backward(Tensor rowptr, Tensor col, Tensor scale, Tensor grad, int num_layers, Tensor? rows) -> "
+      "Tensor");
   // Steps `weight` and AdamW's moments in place; `l2` and `grad` have an entry for each of `rows`, ascending.
   m.def(
       "propagate_adamw(Tensor rowptr, Tensor col, Tensor scale, Tensor grad, int num_layers, Tensor rows, Tensor? l2, "
       "Tensor(a!) weight, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, float lr, float beta1, float beta2, float eps, "
-      "float weight_decay, int step) -> ()");
+      "float weight_decay, int step, bool mixed=False) -> ()");
   // Losses are scalars in the accumulator type. A gradient that is not needed comes back as an empty tensor.
   m.def(
       "bpr_kd(Tensor user_emb, Tensor item_emb, Tensor users, Tensor pos, Tensor neg, Tensor? teacher_margin, "

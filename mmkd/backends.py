@@ -18,6 +18,7 @@ IMPLS = ("auto", "reference", "cpp", "cuda", "triton")
 OPS = {
     "spmm": ("spmm", "sddmm", "csr_transpose"),
     "propagate": ("propagate", "propagate_backward"),
+    "propagate_mixed": ("propagate_mixed", "propagate_mixed_backward"),
     "propagate_adamw": ("propagate_adamw",),
     "bpr_kd": ("bpr_kd", "bpr_kd_backward"),
     "list_kd": ("list_kd", "list_kd_backward", "list_scores", "list_scores_backward"),
@@ -27,7 +28,7 @@ OPS = {
     "frozen_teacher": ("frozen_teacher", "frozen_teacher_backward"),
 }
 # off the CPU the doors of these compose library products and other ops
-CPU_ONLY = ("propagate_adamw", "frozen_teacher", "distill")
+CPU_ONLY = ("propagate_mixed", "propagate_adamw", "frozen_teacher", "distill")
 ORDER = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
 # what is known of the GPU kernels' speed: docs/performance.md
 TIMED_ON = "timed on an H100, not yet on other GPUs"

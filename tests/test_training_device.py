@@ -131,7 +131,7 @@ def runs(dataset, tmp_path_factory):
             types = seen.setdefault(amp, {True: set(), False: set()})
 
             def spy(graph, x, *rest, types=types, **named):
-                types[torch.is_grad_enabled() or named.get("rows") is not None].add(x.dtype)
+                types[torch.is_grad_enabled() or named.get("rows") is not None].add(named.get("gather") or x.dtype)
                 return real(graph, x, *rest, **named)
 
             patch.setattr(ops, "propagate", spy)

@@ -104,7 +104,8 @@ std::vector<int64_t> cut_evenly(const Csr& m, const int64_t* rows, int64_t n) {
 }
 
 void run(const Csr& m, SpmmArgs a, int64_t n, bool read_again = false) {
-  a.stream = a.dtype == DType::f32 && !a.compact && past_caches(a.out, n, 4 * a.d, read_again ? 0.25 : 0.125);
+  a.stream =
+      (a.dtype == DType::f32 || a.out_f32) && !a.compact && past_caches(a.out, n, 4 * a.d, read_again ? 0.25 : 0.125);
   const std::vector<int64_t> bounds = cut_evenly(m, a.rows, n);
   std::atomic<int64_t> bad{-1};
   for_chunks(static_cast<int64_t>(bounds.size()) - 1, [&](int64_t c) {
@@ -290,17 +291,42 @@ Tensor identity_layers(const Tensor& x, const int64_t* rows, int64_t n) {
   return out;
 }
 
-// Horner's form over all rows: h <- x + Â h, num_layers >= 1 times, then / (num_layers + 1).
-Tensor horner(const Graph& g, const Tensor& x, int64_t num_layers) {
+// A float32 table in bfloat16.
+Tensor narrowed(const Tensor& x) {
+  Tensor out = empty({x.size(0), x.size(1)}, x, ScalarType::BFloat16);
+  const float* from = data<float>(x);
+  void* to = out.mutable_data_ptr();
+  for_range(x.numel(), 1 << 14, [&](int64_t begin, int64_t end) { MMKD_ON_ISA(to_bf16(from, to, begin, end)); });
+  return out;
+}
+
+// The products of propagation over layers of a table x. mixed: layers are bfloat16, for they are gathered, x and the
+// last layer are float32.
+SpmmArgs layer_args(const Graph& g, const Tensor& x, bool mixed) {
   SpmmArgs a = args_of(g.m, x);
   a.row_scale = a.col_scale = g.scale;
   a.add = x.const_data_ptr();
-  Tensor h = x;
+  a.add_f32 = mixed;
+  if (mixed) a.dtype = DType::bf16;
+  return a;
+}
+
+// Where a product's rows go.
+Tensor layer_out(SpmmArgs& a, int64_t rows, const Tensor& x, bool last) {
+  a.out_f32 = a.add_f32 && last;
+  Tensor out = empty({rows, x.size(1)}, x, a.add_f32 && !last ? ScalarType::BFloat16 : x.scalar_type());
+  a.out = out.mutable_data_ptr();
+  return out;
+}
+
+// Horner's form over all rows: h <- x + Â h, num_layers >= 1 times, then / (num_layers + 1).
+Tensor horner(const Graph& g, const Tensor& x, int64_t num_layers, bool mixed) {
+  SpmmArgs a = layer_args(g, x, mixed);
+  Tensor h = mixed ? narrowed(x) : x;
   for (int64_t l = 1; l <= num_layers; ++l) {
     a.x = h.const_data_ptr();
     a.alpha = l == num_layers ? 1.0 / static_cast<double>(num_layers + 1) : 1.0;
-    Tensor out = empty({g.m.num_rows, x.size(1)}, x);
-    a.out = out.mutable_data_ptr();
+    Tensor out = layer_out(a, g.m.num_rows, x, l == num_layers);
     run(g.m, a, g.m.num_rows, l < num_layers);
     h = out;
   }
@@ -308,8 +334,8 @@ Tensor horner(const Graph& g, const Tensor& x, int64_t num_layers) {
 }
 
 // Horner's form: h <- x + Â h, num_layers times, then / (num_layers + 1). The mean costs no pass of its own.
-Tensor propagate(Tensor rowptr, Tensor col, Tensor scale, Tensor x, int64_t num_layers, OptTensor rows,
-                 OptTensor /*plan*/) {
+Tensor propagate_as(const Tensor& rowptr, const Tensor& col, const Tensor& scale, const Tensor& x, int64_t num_layers,
+                    const OptTensor& rows, bool mixed) {
   check_table(x, "x");
   const Graph g = graph_of(rowptr, col, scale, x.scalar_type());
   check_size(x, "x", 0, g.m.num_rows);
@@ -319,18 +345,15 @@ Tensor propagate(Tensor rowptr, Tensor col, Tensor scale, Tensor x, int64_t num_
   // An empty `rows` has a null pointer, which would read as "all rows" below.
   if (rows && n == 0) return empty({0, x.size(1)}, x);
   if (num_layers == 0) return identity_layers(x, wanted, n);
-  if (!wanted) return horner(g, x, num_layers);
+  if (!wanted) return horner(g, x, num_layers, mixed);
 
-  SpmmArgs a = args_of(g.m, x);
-  a.row_scale = a.col_scale = g.scale;
-  a.add = x.const_data_ptr();
-  Tensor h = x;
+  SpmmArgs a = layer_args(g, x, mixed);
+  Tensor h = mixed ? narrowed(x) : x;
   for (int64_t l = 1; l <= num_layers; ++l) {
     const bool last = l == num_layers;
     a.x = h.const_data_ptr();
     a.alpha = last ? 1.0 / static_cast<double>(num_layers + 1) : 1.0;
-    Tensor out = empty({last ? n : g.m.num_rows, x.size(1)}, x);
-    a.out = out.mutable_data_ptr();
+    Tensor out = layer_out(a, last ? n : g.m.num_rows, x, last);
     if (last) {
       a.rows = wanted;
       a.compact = true;
@@ -349,6 +372,16 @@ Tensor propagate(Tensor rowptr, Tensor col, Tensor scale, Tensor x, int64_t num_
     h = out;
   }
   return h;
+}
+
+Tensor propagate(Tensor rowptr, Tensor col, Tensor scale, Tensor x, int64_t num_layers, OptTensor rows,
+                 OptTensor /*plan*/) {
+  return propagate_as(rowptr, col, scale, x, num_layers, rows, false);
+}
+
+Tensor propagate_mixed(Tensor rowptr, Tensor col, Tensor scale, Tensor x, int64_t num_layers, OptTensor rows) {
+  check_type(x, "x", ScalarType::Float);
+  return propagate_as(rowptr, col, scale, x, num_layers, rows, true);
 }
 
 // Sums the gradients of repeated rows, in order of position. unique: sorted; sums: [unique, d] accumulator type.
@@ -424,17 +457,16 @@ struct FromRows {
   const Graph& g;
   const Tensor& grad;  // [len(rows), d]
   const std::vector<int64_t>& rows;
+  bool mixed;
   std::vector<int32_t> place;  // of a node in rows, -1 for none
 
-  FromRows(const Graph& graph, const Tensor& gradient, const std::vector<int64_t>& nodes)
-      : g(graph), grad(gradient), rows(nodes), place(positions(nodes, graph.m.num_rows)) {}
+  FromRows(const Graph& graph, const Tensor& gradient, const std::vector<int64_t>& nodes, bool mixed_layers)
+      : g(graph), grad(gradient), rows(nodes), mixed(mixed_layers), place(positions(nodes, graph.m.num_rows)) {}
 
   // What the layers after the first gather and add.
   SpmmArgs args() const {
-    SpmmArgs a = args_of(g.m, grad);
+    SpmmArgs a = layer_args(g, grad, mixed);
     a.num_cols = g.m.num_rows;
-    a.row_scale = a.col_scale = g.scale;
-    a.add = grad.const_data_ptr();
     a.add_map = place.data();
     return a;
   }
@@ -442,15 +474,17 @@ struct FromRows {
   // g + Â g, [nodes, d]; halved if it is the only layer.
   Tensor first(bool only) const {
     const int64_t nodes = g.m.num_rows, count = static_cast<int64_t>(rows.size());
-    Tensor h = empty({nodes, grad.size(1)}, grad);
-    if (gathers(g.m, rows.data(), count)) {
+    if (mixed || gathers(g.m, rows.data(), count)) {  // sums of what is pushed would have to be float32
       SpmmArgs a = args();
+      const Tensor gathered = mixed ? narrowed(grad) : grad;
+      a.x = gathered.const_data_ptr();
       a.col_map = place.data();
-      a.out = h.mutable_data_ptr();
       a.alpha = only ? 0.5 : 1.0;
+      Tensor h = layer_out(a, nodes, grad, only);
       run(g.m, a, nodes, !only);
       return h;
     }
+    Tensor h = empty({nodes, grad.size(1)}, grad);
     const std::vector<uint8_t> active = neighbourhood(g.m, rows.data(), count, true);
     push_layer(g, grad, rows, active.data(), h);
     if (only) scale_by(h, 0.5);
@@ -461,8 +495,7 @@ struct FromRows {
   Tensor next(const Tensor& h) const {
     SpmmArgs a = args();
     a.x = h.const_data_ptr();
-    Tensor out = empty({g.m.num_rows, grad.size(1)}, grad);
-    a.out = out.mutable_data_ptr();
+    Tensor out = layer_out(a, g.m.num_rows, grad, false);
     run(g.m, a, g.m.num_rows, true);
     return out;
   }
@@ -470,18 +503,18 @@ struct FromRows {
 
 // The gradient of propagate(...)[rows] with respect to x. Â is symmetric, so it is the same Horner form, started from
 // the gradient's own rows: h1 = g + Â g, h <- g + Â h. grad: [len(rows), d]; rows ascending, each once.
-Tensor backward_rows(const Graph& g, const Tensor& grad, int64_t num_layers, const std::vector<int64_t>& rows) {
+Tensor backward_rows(const Graph& g, const Tensor& grad, int64_t num_layers, const std::vector<int64_t>& rows,
+                     bool mixed) {
   const int64_t nodes = g.m.num_rows;
   if (num_layers == 0) return scatter_rows(grad, rows, nodes);
-  const FromRows from(g, grad, rows);
+  const FromRows from(g, grad, rows, mixed);
   Tensor h = from.first(num_layers == 1);
   if (num_layers == 1) return h;
   for (int64_t l = 2; l < num_layers; ++l) h = from.next(h);
   SpmmArgs a = from.args();
   a.x = h.const_data_ptr();
   a.alpha = 1.0 / static_cast<double>(num_layers + 1);
-  Tensor out = empty({nodes, grad.size(1)}, grad);
-  a.out = out.mutable_data_ptr();
+  Tensor out = layer_out(a, nodes, grad, true);
   run(g.m, a, nodes);
   return out;
 }
@@ -493,9 +526,9 @@ bool ascending(const int64_t* rows, int64_t n) {
   return true;
 }
 
-Tensor propagate_backward(Tensor rowptr, Tensor col, Tensor scale, Tensor grad, int64_t num_layers, OptTensor rows,
-                          OptTensor plan) {
-  if (!rows) return propagate(rowptr, col, scale, grad, num_layers, std::nullopt, plan);
+Tensor backward_as(const Tensor& rowptr, const Tensor& col, const Tensor& scale, const Tensor& grad, int64_t num_layers,
+                   const OptTensor& rows, bool mixed) {
+  if (!rows) return propagate_as(rowptr, col, scale, grad, num_layers, std::nullopt, mixed);
   check_table(grad, "grad");
   check_size(grad, "grad", 0, rows->numel());
   const ScalarType type = grad.scalar_type(), acc = accumulate_type(type);
@@ -515,8 +548,19 @@ Tensor propagate_backward(Tensor rowptr, Tensor col, Tensor scale, Tensor grad, 
     acc == ScalarType::Double ? unique_rows(r, n, data<double>(wide), grad.size(1), unique, mutable_data<double>(sums))
                               : unique_rows(r, n, data<float>(wide), grad.size(1), unique, mutable_data<float>(sums));
   }
-  const Tensor out = backward_rows(g, sums, num_layers, unique);
+  const Tensor out = backward_rows(g, sums, num_layers, unique, mixed);
   return type == acc ? out : torch::stable::to(out, type);
+}
+
+Tensor propagate_backward(Tensor rowptr, Tensor col, Tensor scale, Tensor grad, int64_t num_layers, OptTensor rows,
+                          OptTensor /*plan*/) {
+  return backward_as(rowptr, col, scale, grad, num_layers, rows, false);
+}
+
+Tensor propagate_mixed_backward(Tensor rowptr, Tensor col, Tensor scale, Tensor grad, int64_t num_layers,
+                                OptTensor rows) {
+  check_type(grad, "grad", ScalarType::Float);
+  return backward_as(rowptr, col, scale, grad, num_layers, rows, true);
 }
 
 void* stepped(const Tensor& t, const char* name, const Tensor& like, int64_t num_nodes) {
@@ -537,10 +581,12 @@ void dense_step(const Tensor& grad, const AdamwArgs& step, const int32_t* place)
 // its rows goes into the step of its row of weights.
 void propagate_adamw(Tensor rowptr, Tensor col, Tensor scale, Tensor grad, int64_t num_layers, Tensor rows,
                      OptTensor l2, Tensor weight, Tensor exp_avg, Tensor exp_avg_sq, double lr, double beta1,
-                     double beta2, double eps, double weight_decay, int64_t step) {
+                     double beta2, double eps, double weight_decay, int64_t step, bool mixed) {
   check_table(grad, "grad");
   const ScalarType type = grad.scalar_type();
   MMKD_CHECK(type == ScalarType::Float || type == ScalarType::Double, "grad: expected float32 or float64, got ",
+             torch::headeronly::toString(type));
+  MMKD_CHECK(!mixed || type == ScalarType::Float, "grad: expected float32 where bfloat16 is gathered, got ",
              torch::headeronly::toString(type));
   const Graph g = graph_of(rowptr, col, scale, type);
   const int64_t nodes = g.m.num_rows, n = rows.numel();
@@ -562,9 +608,9 @@ void propagate_adamw(Tensor rowptr, Tensor col, Tensor scale, Tensor grad, int64
                   std::sqrt(1 - std::pow(beta2, static_cast<double>(step))),
                   lr / (1 - std::pow(beta1, static_cast<double>(step)))};
   const std::vector<int64_t> unique(r, r + n);
-  const FromRows from(g, grad, unique);
+  const FromRows from(g, grad, unique, mixed);
   if (num_layers < 2 || grad.size(1) % 16 != 0) {
-    dense_step(backward_rows(g, grad, num_layers, from.rows), adamw, from.place.data());
+    dense_step(backward_rows(g, grad, num_layers, from.rows, mixed), adamw, from.place.data());
     return;
   }
   Tensor h = from.first(false);
@@ -586,5 +632,7 @@ STABLE_TORCH_LIBRARY_IMPL(mmkd, CPU, m) {
   m.impl("csr_transpose", TORCH_BOX(&mmkd::csr_transpose));
   m.impl("propagate", TORCH_BOX(&mmkd::propagate));
   m.impl("propagate_backward", TORCH_BOX(&mmkd::propagate_backward));
+  m.impl("propagate_mixed", TORCH_BOX(&mmkd::propagate_mixed));
+  m.impl("propagate_mixed_backward", TORCH_BOX(&mmkd::propagate_mixed_backward));
   m.impl("propagate_adamw", TORCH_BOX(&mmkd::propagate_adamw));
 }

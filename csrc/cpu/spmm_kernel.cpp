@@ -1,5 +1,7 @@
 #include "cpu/spmm_kernel.h"
 
+#include <type_traits>
+
 #include "cpu/adamw_step.h"
 #include "cpu/vec.h"
 
@@ -93,15 +95,16 @@ MMKD_INLINE void gather(const Entries<T, I>& e, int64_t from, int64_t to, const 
   }
 }
 
-// A row of the result, out = alpha * (add + scale * sum of its entries [from, to)).
-template <class T>
+// A row of the result, out = alpha * (add + scale * sum of its entries [from, to)). A: type of what is added, O: of the
+// result; both with the accumulator of what is gathered.
+template <class A, class O>
 struct RowOut {
   int64_t from, to;
-  const T* add;  // null: nothing
-  Acc<T> scale;
-  T* out;
+  const A* add;  // null: nothing
+  Acc<A> scale;
+  O* out;
 
-  MMKD_INLINE typename Vec<T>::V added(int64_t c) const { return Vec<T>::load(add + c); }
+  MMKD_INLINE typename Vec<A>::V added(int64_t c) const { return Vec<A>::load(add + c); }
 };
 
 // What all rows of a product have in common.
@@ -120,13 +123,19 @@ MMKD_INLINE V summed(const Row& row, V sum, int64_t c) {
   return multiply_add(sum, V{} + row.scale, row.add ? row.added(c) : V{});
 }
 
+// Puts the sums of NV vectors of columns in order.
 template <int NV, class T>
-MMKD_INLINE void finish(const RowOut<T>& row, typename Vec<T>::V* s, int64_t c0, const Table<T>& t) {
-  using W = Vec<T>;
+MMKD_INLINE void in_order(typename Vec<T>::V* s) {
   if constexpr (Two<T>::split && NV % 2 == 0) {
 #pragma GCC unroll 8
     for (int v = 0; v < NV; v += 2) Two<T>::in_order(s[v], s[v + 1]);
   }
+}
+
+template <int NV, class T, class A, class O>
+MMKD_INLINE void finish(const RowOut<A, O>& row, typename Vec<T>::V* s, int64_t c0, const Table<T>& t) {
+  using W = Vec<O>;
+  in_order<NV, T>(s);
 #pragma GCC unroll 16
   for (int v = 0; v < NV; ++v) {
     const typename W::V r = summed(row, s[v], c0 + v * W::size);
@@ -170,14 +179,15 @@ MMKD_INLINE void step_at(const RowStep<T>& row, V g, int64_t c) {
   memcpy(row.exp_avg_sq + c, &v, sizeof v);
 }
 
-template <int NV, class T>
-MMKD_INLINE void finish(const RowStep<T>& row, typename Vec<T>::V* s, int64_t c0, const Table<T>& t) {
-  using W = Vec<T>;
+template <int NV, class T, class A>
+MMKD_INLINE void finish(const RowStep<A>& row, typename Vec<T>::V* s, int64_t c0, const Table<T>& t) {
+  using W = Vec<A>;
+  in_order<NV, T>(s);
 #pragma GCC unroll 16
   for (int v = 0; v < NV; ++v) {
     const int64_t c = c0 + v * W::size;
     const typename W::V sum = summed(row, s[v], c);
-    step_at<T, typename W::V>(row, rounded(sum * t.alpha), c);
+    step_at<A, typename W::V>(row, rounded(sum * t.alpha), c);
   }
 }
 
@@ -194,16 +204,16 @@ MMKD_INLINE void in_strips(int64_t d, const F& f) {
   if (c < d) f.template strip<1>(d - w);
 }
 
-template <class T>
-MMKD_INLINE void finish_narrow(const Table<T>& t, const RowOut<T>& row, int64_t c, Acc<T> sum) {
-  const Acc<T> base = row.add ? Element<T>::load(row.add + c) : Acc<T>(0);
+template <class T, class A, class O>
+MMKD_INLINE void finish_narrow(const Table<T>& t, const RowOut<A, O>& row, int64_t c, Acc<T> sum) {
+  const Acc<T> base = row.add ? Element<A>::load(row.add + c) : Acc<T>(0);
   const Acc<T> r = sum * row.scale + base;  // as above
-  Element<T>::store(row.out + c, r * t.alpha);
+  Element<O>::store(row.out + c, r * t.alpha);
 }
 
 // A row of fewer columns than a vector has.
-template <Weights kWeights, class T, class I>
-void narrow_row(const Entries<T, I>& e, const Table<T>& t, const RowOut<T>& row) {
+template <Weights kWeights, class T, class I, class Row>
+void narrow_row(const Entries<T, I>& e, const Table<T>& t, const Row& row) {
   for (int64_t c = 0; c < t.d; ++c) {
     Acc<T> s = 0;
     for (int64_t j = row.from; j < row.to; ++j) {
@@ -230,7 +240,7 @@ struct Rows {
       const auto row = make(i);
       typename Vec<T>::V s[NV] = {};
       gather<NV, kWeights, kFarToo>(entries, row.from, row.to, table.x + c0, table.d, s);
-      finish<NV>(row, s, c0, table);
+      finish<NV, T>(row, s, c0, table);
     }
   }
 
@@ -315,26 +325,26 @@ Block next_block(const int64_t* rowptr, const I* col, int64_t begin, int64_t end
 }
 
 // Makes the RowOut of row r, which is the i-th to be computed.
-template <class T>
+template <class A, class O>
 struct RowMaker {
-  const T* add;
+  const A* add;
   const int32_t* add_map;
-  const Acc<T>* scale;
-  T* out;
+  const Acc<A>* scale;
+  O* out;
   int64_t d;
   bool compact;
 
   explicit RowMaker(const SpmmArgs& a)
-      : add(static_cast<const T*>(a.add)),
+      : add(static_cast<const A*>(a.add)),
         add_map(a.add_map),
-        scale(static_cast<const Acc<T>*>(a.row_scale)),
-        out(static_cast<T*>(a.out)),
+        scale(static_cast<const Acc<A>*>(a.row_scale)),
+        out(static_cast<O*>(a.out)),
         d(a.d),
         compact(a.compact) {}
 
-  MMKD_INLINE RowOut<T> operator()(int64_t i, int64_t r, int64_t from, int64_t to) const {
+  MMKD_INLINE RowOut<A, O> operator()(int64_t i, int64_t r, int64_t from, int64_t to) const {
     const int64_t extra = add_map ? add_map[r] : r;
-    return {from, to, add && extra >= 0 ? add + extra * d : nullptr, scale ? scale[r] : Acc<T>(1),
+    return {from, to, add && extra >= 0 ? add + extra * d : nullptr, scale ? scale[r] : Acc<A>(1),
             out + (compact ? i : r) * d};
   }
 };
@@ -399,10 +409,10 @@ int64_t rows_in_order(const SpmmArgs& a, int64_t begin, int64_t end, const Near&
   return -1;
 }
 
-template <class T, class I>
+template <class T, class A, class O, class I>
 int64_t all_rows(const SpmmArgs& a, const Table<T>& t, int64_t begin, int64_t end) {
   const Entries<T, I> e = entries_of<T, I>(a);
-  const auto row_at = [make = RowMaker<T>(a), rowptr = a.rowptr](int64_t r) {
+  const auto row_at = [make = RowMaker<A, O>(a), rowptr = a.rowptr](int64_t r) {
     return make(r, r, rowptr[r], rowptr[r + 1]);
   };
   return rows_in_order<T, I>(
@@ -413,8 +423,8 @@ int64_t all_rows(const SpmmArgs& a, const Table<T>& t, int64_t begin, int64_t en
 template <class T, class I>
 int64_t all_steps(const SpmmArgs& a, const Table<T>& t, int64_t begin, int64_t end) {
   const Entries<T, I> e = entries_of<T, I>(a);
-  const StepSizes<T> sizes(*a.adamw);
-  const auto row_at = [make = StepMaker<T>(*a.adamw, a.add, a.add_map, a.row_scale, a.d, sizes),
+  const StepSizes<Acc<T>> sizes(*a.adamw);
+  const auto row_at = [make = StepMaker<Acc<T>>(*a.adamw, a.add, a.add_map, a.row_scale, a.d, sizes),
                        rowptr = a.rowptr](int64_t r) { return make(r, rowptr[r], rowptr[r + 1]); };
   using At = decltype(row_at);
   return rows_in_order<T, I>(
@@ -425,13 +435,13 @@ int64_t all_steps(const SpmmArgs& a, const Table<T>& t, int64_t begin, int64_t e
 
 // Rows of a list, or whose columns are looked up in `col_map`: their non-zeros, without those that are skipped, are
 // copied into a buffer for as many rows as fit, so that prefetching sees past the end of a row.
-template <class T, class I>
+template <class T, class A, class O, class I>
 struct Copied {
   const SpmmArgs& a;
   const Table<T>& t;
   I col[kBlock + kFar];
   Acc<T> w[kBlock];
-  RowOut<T> row[kRows];
+  RowOut<A, O> row[kRows];
   int64_t rows = 0, n = 0;
 
   Copied(const SpmmArgs& args, const Table<T>& table) : a(args), t(table) {}
@@ -483,7 +493,7 @@ struct Copied {
   // A row whose entries do not fit in the buffer: a strip at a time, one buffer full after the other.
   struct LongRow {
     Copied& buffer;
-    const RowOut<T>& row;
+    const RowOut<A, O>& row;
 
     // Calls use() for every buffer full of the row's entries.
     template <class F>
@@ -507,7 +517,7 @@ struct Copied {
           gather<NV, kValue, false>(buffer.entries(), 0, buffer.n, x, buffer.t.d, s);
         }
       });
-      finish<NV>(row, s, c0, buffer.t);
+      finish<NV, T>(row, s, c0, buffer.t);
     }
 
     void narrow() const {
@@ -523,7 +533,7 @@ struct Copied {
     }
   };
 
-  bool add_long(const RowOut<T>& next) {
+  bool add_long(const RowOut<A, O>& next) {
     if (!columns_in_range(static_cast<const I*>(a.col) + next.from, next.to - next.from, a.num_cols)) return false;
     const LongRow one{*this, next};
     if (t.d < Vec<T>::size) {
@@ -535,7 +545,7 @@ struct Copied {
   }
 
   // False: a column is out of range.
-  bool add(RowOut<T> next) {
+  bool add(RowOut<A, O> next) {
     if (rows == kRows) flush();
     const int64_t before = n;
     int64_t done = copy(next.from, next.to);
@@ -553,10 +563,10 @@ struct Copied {
   }
 };
 
-template <class T, class I>
+template <class T, class A, class O, class I>
 int64_t copied_rows(const SpmmArgs& a, const Table<T>& t, int64_t begin, int64_t end) {
-  Copied<T, I> buffer(a, t);
-  const RowMaker<T> make(a);
+  Copied<T, A, O, I> buffer(a, t);
+  const RowMaker<A, O> make(a);
   for (int64_t i = begin; i < end; ++i) {
     const int64_t r = a.rows ? a.rows[i] : i;
     const int64_t lo = a.rowptr[r], hi = a.rowptr[r + 1];
@@ -570,15 +580,25 @@ int64_t copied_rows(const SpmmArgs& a, const Table<T>& t, int64_t begin, int64_t
   return -1;
 }
 
+template <class T, class A, class O, class I>
+int64_t rows_typed(const SpmmArgs& a, const Table<T>& t, int64_t begin, int64_t end) {
+  const int64_t bad =
+      a.rows || a.col_map ? copied_rows<T, A, O, I>(a, t, begin, end) : all_rows<T, A, O, I>(a, t, begin, end);
+  if (a.stream) finish_streams();
+  return bad;
+}
+
 template <class T, class I>
 int64_t spmm_typed(const SpmmArgs& a, int64_t begin, int64_t end) {
   const Table<T> t{static_cast<const T*>(a.x), a.d, static_cast<Acc<T>>(a.alpha), a.stream};
-  if constexpr (sizeof(T) >= 4) {
+  if constexpr (!std::is_same_v<T, f16_t>) {
     if (a.adamw) return all_steps<T, I>(a, t, begin, end);
   }
-  const int64_t bad = a.rows || a.col_map ? copied_rows<T, I>(a, t, begin, end) : all_rows<T, I>(a, t, begin, end);
-  if (a.stream) finish_streams();
-  return bad;
+  if constexpr (std::is_same_v<T, bf16_t>) {
+    if (a.add_f32 && a.out_f32) return rows_typed<T, float, float, I>(a, t, begin, end);
+    if (a.add_f32) return rows_typed<T, float, T, I>(a, t, begin, end);
+  }
+  return rows_typed<T, T, T, I>(a, t, begin, end);
 }
 
 template <class T>
@@ -680,6 +700,13 @@ void adamw_rows(const AdamwArgs& a, DType dtype, const void* grad, const int32_t
                 int64_t end) {
   if (dtype == DType::f64) return adamw_typed<double>(a, grad, add_map, d, begin, end);
   adamw_typed<float>(a, grad, add_map, d, begin, end);
+}
+
+void to_bf16(const float* from, void* to, int64_t begin, int64_t end) {
+  bf16_t* out = static_cast<bf16_t*>(to);
+  int64_t i = begin;
+  for (; i + Vec<float>::size <= end; i += Vec<float>::size) Vec<bf16_t>::store(out + i, Vec<float>::load(from + i));
+  for (; i < end; ++i) Element<bf16_t>::store(out + i, from[i]);
 }
 
 void zero_rows(char* to, int64_t row_bytes, const uint8_t* active, bool stream, int64_t begin, int64_t end) {

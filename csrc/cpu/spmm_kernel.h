@@ -17,7 +17,8 @@ struct AdamwArgs {
 };
 
 struct SpmmArgs {
-  DType dtype;             // of x, add and out
+  DType dtype;             // of x, and of add and out but for the next two
+  bool add_f32, out_f32;   // x is bfloat16: add (or what AdamW steps), and out with it, are float32
   bool col64;              // col is int64, else int32
   const int64_t* rowptr;   // [num_rows + 1]
   const void* col;         // [nnz]
@@ -30,7 +31,8 @@ struct SpmmArgs {
   const int64_t* rows;     // [n] rows to compute, or null for all
   const int32_t* col_map;  // [num_cols] row of x for a column, -1: read as zero; null: the same row
   const AdamwArgs* adamw;  // null, or what the result goes into instead of `out`: rows in order, with row_scale,
-                           // col_scale and add_map, without values, float32 or float64, d a multiple of 16
+                           // col_scale and add_map, without values, d a multiple of 16; add and the weights are
+                           // float32, or float64 where x is
   void* out;               // [n, d] if compact, else [num_rows, d]
   bool compact;
   bool far;     // rows that come from far away are prefetched into the second-level cache as well
@@ -61,6 +63,9 @@ struct SddmmArgs {
   int64_t num_rows, num_cols, nnz, d;
 };
 MMKD_KERNEL(int64_t sddmm(const SddmmArgs& a, int64_t begin, int64_t end))
+
+// to[i] = from[i] in bfloat16, for i in [begin, end).
+MMKD_KERNEL(void to_bf16(const float* from, void* to, int64_t begin, int64_t end))
 
 // Zeros in the rows [begin, end) of a table, written past the caches where a row is not `active` and `stream` is set.
 MMKD_KERNEL(void zero_rows(char* to, int64_t row_bytes, const uint8_t* active, bool stream, int64_t begin, int64_t end))

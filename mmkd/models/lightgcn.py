@@ -28,6 +28,11 @@ def rounded(x: Tensor, compute: torch.dtype | None) -> Tensor:
     return x if compute is None or not torch.is_grad_enabled() else x.to(compute)
 
 
+def gathered_in(x: Tensor, compute: torch.dtype | None) -> torch.dtype | None:
+    """The type layers over ``x`` are gathered in where nothing else need be rounded (a CPU's kernels); None: as `rounded` says."""
+    return compute if compute == torch.bfloat16 and x.device.type == "cpu" and x.dtype == torch.float32 else None
+
+
 class RowGradient:
     """The gradient of a propagated table, held at the rows that were propagated to instead of going back through the layers.
 
@@ -37,11 +42,11 @@ class RowGradient:
 
     Attributes:
         rows: int64 ``[n]``, node ids. grad: ``[n, d]``, of what ``propagate`` gave for them; None before a backward pass.
-        l2: ``[n]``, weights of an L2 term on the table's rows, or None.
+        l2: ``[n]``, weights of an L2 term on the table's rows, or None. gather: as in `propagate`.
     """
 
-    def __init__(self, graph: BipartiteGraph, layers: int) -> None:
-        self.graph, self.layers = graph, layers
+    def __init__(self, graph: BipartiteGraph, layers: int, gather: torch.dtype | None = None) -> None:
+        self.graph, self.layers, self.gather = graph, layers, gather
         self.clear()
 
     def clear(self) -> None:
@@ -69,7 +74,7 @@ class RowGradient:
         with torch.no_grad():
             leaf = table.detach().requires_grad_()
             with torch.enable_grad():
-                out = ops.propagate(self.graph, leaf, self.layers, rows=self.rows)
+                out = ops.propagate(self.graph, leaf, self.layers, rows=self.rows, gather=self.gather)
             (full,) = torch.autograd.grad(out, leaf, self.grad)
             if self.l2 is not None:
                 full.index_add_(0, self.rows, self.l2[:, None] * table.index_select(0, self.rows))
@@ -81,7 +86,7 @@ class _Hold(torch.autograd.Function):
     def forward(ctx, table: Tensor, held: RowGradient, rows: Tensor) -> Tensor:
         ctx.held = held
         ctx.save_for_backward(rows)
-        return ops.propagate(held.graph, table.detach(), held.layers, rows=rows)
+        return ops.propagate(held.graph, table.detach(), held.layers, rows=rows, gather=held.gather)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -98,6 +103,9 @@ def propagated(
     transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     if held is not None and rows is not None and torch.is_grad_enabled() and not transformed:
         return _Hold.apply(x, held, rows)
+    gather = gathered_in(x, compute)
+    if gather is not None and torch.is_grad_enabled():
+        return ops.propagate(graph, x, layers, rows=rows, gather=gather)
     return ops.propagate(graph, rounded(x, compute), layers, rows=rows)
 
 
@@ -105,7 +113,8 @@ def can_hold(table: Tensor, compute: torch.dtype | None) -> bool:
     """Whether there is a kernel that takes a :class:`RowGradient` of this table."""
     if table.dtype not in (torch.float32, torch.float64) or not table.is_contiguous():
         return False
-    return compute is None and backends.why_not("propagate_adamw", "cpp", table.device.type) is None
+    kernel = backends.why_not("propagate_adamw", "cpp", table.device.type) is None
+    return kernel and (compute is None or gathered_in(table, compute) is not None)
 
 
 class HoldsGradient:
@@ -127,7 +136,7 @@ class HoldsGradient:
     def _hold(self, graph: BipartiteGraph, layers: int, compute: torch.dtype | None) -> RowGradient | None:
         held = self.held
         if held is None and can_hold(self.table, compute):
-            held = RowGradient(graph, layers)
+            held = RowGradient(graph, layers, gathered_in(self.table, compute))
             self._held = weakref.ref(held)
         return held
 
@@ -139,8 +148,9 @@ class LightGCN(HoldsGradient, nn.Module):
         graph: train interactions, ``N = U + I`` nodes.
         table: ``E0``, ``[N, d]``; copied.
         layers: ``L``.
-        compute: type of the table in training's propagation and of what it returns, for instance ``torch.bfloat16``; sums
-            and the weights keep theirs. Without gradients (evaluation, export) it is not used.
+        compute: type of the table in training's propagation, for instance ``torch.bfloat16``; sums and the weights keep
+            theirs. On a CPU it is what layers are gathered in, elsewhere also what comes back. Without gradients
+            (evaluation, export) it is not used.
 
     Shape:
         ``forward()`` gives ``[N, d]``; ``forward(rows)`` only those rows, ``[len(rows), d]``.

@@ -123,8 +123,9 @@ def sddmm(
 
 
 def propagate(
-    graph: BipartiteGraph, x: Tensor, num_layers: int, rows: Tensor | None = None, *, impl: str = "auto"
-) -> Tensor:
+    graph: BipartiteGraph, x: Tensor, num_layers: int, rows: Tensor | None = None, *,
+    gather: torch.dtype | None = None, impl: str = "auto",
+) -> Tensor:  # fmt: skip
     """LightGCN propagation with the mean over layers, `1/(L+1) * sum_{l=0..L} Â^l x` (paper, Eq. 2; spec section 2).
 
     Args:
@@ -133,6 +134,10 @@ def propagate(
         num_layers: `L >= 0`.
         rows: int64 `[n]`, nodes to return, in this order, repeats allowed. The last layer is then computed for them
             only, the layer before for their neighbours only, and the backward pass starts from them only.
+        gather: `torch.bfloat16`, for float32 `x`: what a layer gathers is rounded to it, once a layer, and half the
+            bytes are read; `x` itself, all sums and what comes back are float32. `h <- x + Â bf16(h)`, `L` times, over
+            `L + 1`. The backward pass is the same operator on the gradient: it takes the rounding for the identity and
+            rounds what it gathers itself. A CPU kernel; elsewhere composed, without gain.
         impl: `auto`, `reference`, `cpp`, `cuda` or `triton`.
 
     Returns:
@@ -155,6 +160,13 @@ def propagate(
         check_same_device(("x", x), ("rows", rows))
         rows = dense(rows)
     scale = graph.scale_as(x.dtype)
+    if gather is not None:
+        check_gather(gather, x, "x")
+        composed = impl == "auto" and x.device.type != "cpu"
+        which = "reference" if composed else backends.resolve("propagate_mixed", x, impl)
+        if which == "reference":
+            return reference.propagate_mixed(graph.rowptr, graph.col, scale, x, num_layers, rows)
+        return call(which, "propagate_mixed", graph.rowptr, graph.col, scale, dense(x), num_layers, rows)
     which = backends.resolve("propagate", x, impl)
     if which == "reference":
         return reference.propagate(graph.rowptr, graph.col, scale, x, num_layers, rows)
@@ -162,10 +174,18 @@ def propagate(
     return call(which, "propagate", graph.rowptr, graph.col, scale, dense(x), num_layers, rows, plan)
 
 
+def check_gather(gather: torch.dtype, t: Tensor, name: str) -> None:
+    """Raises where layers of `t` cannot be gathered in `gather`."""
+    if gather != torch.bfloat16:
+        raise ValueError(f"gather: expected torch.bfloat16 or None, got {gather}")
+    if t.dtype != torch.float32:
+        raise TypeError(f"{name}: expected float32 where bfloat16 is gathered, got {t.dtype}; leave gather out")
+
+
 def propagate_adamw_(
     graph: BipartiteGraph, grad: Tensor, num_layers: int, rows: Tensor, weight: Tensor, exp_avg: Tensor,
     exp_avg_sq: Tensor, *, step: int, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-    weight_decay: float = 0.0, l2: Tensor | None = None, impl: str = "auto",
+    weight_decay: float = 0.0, l2: Tensor | None = None, gather: torch.dtype | None = None, impl: str = "auto",
 ) -> None:  # fmt: skip
     """A step of AdamW on the table behind `propagate(graph, weight, num_layers, rows)`, in place, from the gradient of
     what that returned (paper, Eq. 2 backwards; Loshchilov and Hutter 2019, Algorithm 2).
@@ -186,6 +206,7 @@ def propagate_adamw_(
         weight, exp_avg, exp_avg_sq: `[N, d]`, contiguous, of `grad`'s dtype; changed.
         step: number of this step, from 1. lr, betas, eps, weight_decay: as in `torch.optim.AdamW`.
         l2: `[n]`, weights of an L2 term on the table's own rows, or None.
+        gather: as in `propagate`, of layers back; `weight` and its moments stay float32.
         impl: `auto`, `reference` or `cpp`. Off the CPU `auto` is the reference with that device's propagation.
 
     Raises:
@@ -214,20 +235,24 @@ def propagate_adamw_(
         raise ValueError("weight, exp_avg, exp_avg_sq: expected three tables, got the same one twice")
     if num_layers < 0 or step < 1:
         raise ValueError(f"num_layers, step: expected >= 0 and >= 1, got {num_layers} and {step}")
+    if gather is not None:
+        check_gather(gather, grad, "grad")
+    mixed = gather is not None
     given = graph.rowptr, graph.col, graph.scale_as(grad.dtype), dense(grad), num_layers, dense(rows)
     settings = lr, *betas, eps, weight_decay, step
     with torch.no_grad():
         if impl == "auto" and grad.device.type != "cpu":
             which = backends.resolve("propagate", grad)
-            back = reference.propagate_backward
-            if which != "reference":
+            back = reference.propagate_mixed_backward if mixed else reference.propagate_backward
+            if which != "reference" and not mixed:
                 plan = plan_of(graph, "all", which) if num_layers else None
                 back = lambda *a: call(which, "propagate_backward", *a, plan)  # noqa: E731
             return reference.propagate_adamw_(*given, l2, *tables.values(), *settings, back=back)
         which = backends.resolve("propagate_adamw", grad, impl)
         if which == "reference":
-            return reference.propagate_adamw_(*given, l2, *tables.values(), *settings)
-        return call(which, "propagate_adamw", *given, l2, *tables.values(), *settings)
+            back = reference.propagate_mixed_backward if mixed else reference.propagate_backward
+            return reference.propagate_adamw_(*given, l2, *tables.values(), *settings, back=back)
+        return call(which, "propagate_adamw", *given, l2, *tables.values(), *settings, mixed)
 
 
 def plan_of(graph: BipartiteGraph, side: str, which: str) -> Tensor | None:
@@ -317,6 +342,46 @@ def _propagate_twice(ops):
     return backward
 
 
+def _mixed_setup(ctx, inputs, output) -> None:
+    rowptr, col, scale, _, ctx.num_layers, rows = inputs
+    ctx.save_for_backward(rowptr, col, scale, rows)
+
+
+def _mixed_backward(ops):
+    def backward(ctx, grad):
+        rowptr, col, scale, rows = ctx.saved_tensors
+        out = ops.propagate_mixed_backward(rowptr, col, scale, grad.contiguous(), ctx.num_layers, rows)
+        return None, None, None, out, None, None
+
+    return backward
+
+
+def _mixed_twice(ops):
+    def backward(ctx, grad):
+        rowptr, col, scale, rows = ctx.saved_tensors
+        out = ops.propagate_mixed(rowptr, col, scale, grad.contiguous(), ctx.num_layers, rows)
+        return None, None, None, out, None, None
+
+    return backward
+
+
+def _register_cpu_only(ns: str) -> None:
+    fake = torch.library.register_fake
+    fake(f"{ns}::propagate_adamw", lambda *_: None)
+    fake(
+        f"{ns}::propagate_mixed",
+        lambda rowptr, col, scale, x, num_layers, rows: x.new_empty(
+            x.shape[0] if rows is None else rows.numel(), x.shape[1]
+        ),
+    )
+    fake(
+        f"{ns}::propagate_mixed_backward",
+        lambda rowptr, col, scale, grad, num_layers, rows: grad.new_empty(rowptr.numel() - 1, grad.shape[1]),
+    )
+    differentiable(ns, "propagate_mixed", _mixed_backward, _mixed_setup)
+    differentiable(ns, "propagate_mixed_backward", _mixed_twice, _mixed_setup)
+
+
 @on_register
 def _register(ns: str, ops) -> None:
     library = torch.library
@@ -338,8 +403,8 @@ def _register(ns: str, ops) -> None:
         f"{ns}::propagate_backward",
         lambda rowptr, col, scale, grad, num_layers, rows, plan=None: grad.new_empty(rowptr.numel() - 1, grad.shape[1]),
     )
-    if hasattr(ops, "propagate_adamw"):
-        library.register_fake(f"{ns}::propagate_adamw", lambda *_: None)
+    if ns == "mmkd":
+        _register_cpu_only(ns)
     differentiable(ns, "spmm", _spmm_backward, _spmm_setup)
     differentiable(ns, "propagate", _propagate_backward, _propagate_setup)
     differentiable(ns, "sddmm", _sddmm_backward, _spmm_setup)

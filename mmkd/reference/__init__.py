@@ -5,7 +5,15 @@ from mmkd.reference.distill import distill
 from mmkd.reference.emb_kd import emb_kd
 from mmkd.reference.frozen_teacher import frozen_teacher
 from mmkd.reference.list_kd import list_kd, list_scores
-from mmkd.reference.spmm import propagate, propagate_adamw_, propagate_backward, sddmm, spmm
+from mmkd.reference.spmm import (
+    propagate,
+    propagate_adamw_,
+    propagate_backward,
+    propagate_mixed,
+    propagate_mixed_backward,
+    sddmm,
+    spmm,
+)
 from mmkd.reference.topk import topk
 
 __all__ = [
@@ -20,6 +28,8 @@ __all__ = [
     "propagate",
     "propagate_adamw_",
     "propagate_backward",
+    "propagate_mixed",
+    "propagate_mixed_backward",
     "sddmm",
     "spmm",
     "topk",

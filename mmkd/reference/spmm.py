@@ -70,6 +70,26 @@ def propagate_backward(
     return propagate(rowptr, col, scale, full, num_layers)
 
 
+def propagate_mixed(
+    rowptr: Tensor, col: Tensor, scale: Tensor, x: Tensor, num_layers: int, rows: Tensor | None = None
+) -> Tensor:
+    """`h <- x + Â bf16(h)`, `num_layers` times from `h = x`, over `num_layers + 1`; the gradient takes bf16 for the identity."""
+    h = x
+    for _ in range(num_layers):
+        narrow = h + (h.to(torch.bfloat16).to(h.dtype) - h).detach()
+        h = x + spmm(rowptr, col, narrow, row_scale=scale, col_scale=scale)
+    out = h / (num_layers + 1)
+    return out if rows is None else out[rows]
+
+
+def propagate_mixed_backward(
+    rowptr: Tensor, col: Tensor, scale: Tensor, grad: Tensor, num_layers: int, rows: Tensor
+) -> Tensor:
+    """What goes back through `propagate_mixed(...)[rows]`: the same operator on the gradient."""
+    full = grad.new_zeros(rowptr.numel() - 1, grad.shape[1]).index_add(0, rows, grad)
+    return propagate_mixed(rowptr, col, scale, full, num_layers)
+
+
 def propagate_adamw_(
     rowptr: Tensor, col: Tensor, scale: Tensor, grad: Tensor, num_layers: int, rows: Tensor, l2: Tensor | None,
     weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, lr: float, beta1: float, beta2: float, eps: float,

@@ -25,7 +25,7 @@ class PropagatedAdamW(torch.optim.AdamW):
     """`torch.optim.AdamW(fused=True)` that steps `model.table` while the last layer of its gradient is made; it rounds where
     torch does (:func:`mmkd.ops.propagate_adamw_`).
 
-    Where the model cannot hold its gradient back (a GPU, 16-bit propagation, a table that is not only propagated) it is
+    Where the model cannot hold its gradient back (a GPU, a table that is not only propagated) it is
     torch's and nothing else. State and checkpoints are the same.
 
     Args:
@@ -79,7 +79,7 @@ class PropagatedAdamW(torch.optim.AdamW):
         ops.propagate_adamw_(
             held.graph, held.grad, held.layers, held.rows, self.table.detach(), state["exp_avg"], state["exp_avg_sq"],
             step=int(state["step"]) + 1, lr=float(group["lr"]), betas=group["betas"], eps=group["eps"],
-            weight_decay=group["weight_decay"], l2=held.l2,
+            weight_decay=group["weight_decay"], l2=held.l2, gather=held.gather,
         )  # fmt: skip
         state["step"] += 1  # a step that was refused does not count
         held.clear()
