@@ -109,6 +109,25 @@ def bench_propagate(compare, name, restricted):
             targets=targets, memory=True, rounds=5 if name == "amazon-book" else 10)  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["tiktok", "netflix", "electronics", "amazon-book"])
+@pytest.mark.parametrize("restricted", [False, True], ids=["all", "rows"])
+def bench_propagate_mixed(compare, name, restricted):
+    """Layers gathered in bfloat16, beside the same in float32."""
+    g = graph(name)
+    torch.manual_seed(0)
+    x = torch.randn(g.num_nodes, DIM, requires_grad=True)
+    rows = torch.randperm(g.num_nodes)[:3072] if restricted else None
+    ones = torch.ones(g.num_nodes if rows is None else len(rows), DIM)
+
+    def run(gather):
+        ops.propagate(g, x, 2, rows, gather=gather).backward(ones)
+        x.grad = None
+
+    label = "rows=3072" if restricted else "all rows"
+    compare("propagate", f"{name} L=2 {label} fwd+bwd, gather bfloat16", lambda: run(torch.bfloat16),
+            {"our float32": lambda: run(None)}, memory=True, rounds=5 if name == "amazon-book" else 10)  # fmt: skip
+
+
 def bench_spmm_reference(compare):
     """The plain reference, for scale."""
     g = graph("tiktok")

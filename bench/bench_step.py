@@ -75,3 +75,11 @@ def bench_student_step_with_row_normalised_prompt(compare, name):
         rounds=15,
         calls=1,
     )
+
+
+@pytest.mark.parametrize("name", STUDENT_TARGETS)
+def bench_student_step_with_amp(compare, name):
+    """`--amp bf16`: layers gathered in bfloat16; the rival is the same step in float32."""
+    narrow, wide = (steps.student(name, compute=kind, emb_sample=1024) for kind in (torch.bfloat16, None))
+    compare("student step", f"{name} L=2, amp bf16", _our_steps(narrow, 1), {"float32": _our_steps(wide, 1)},
+            rounds=20, warmup=2, calls=4)  # fmt: skip

@@ -94,12 +94,12 @@ def _pair(task, eager) -> Pair:
     return Pair(ours, parameters, eager, task, optimizer)
 
 
-def student(name: str, norm: str = "mean", device: str = "cpu", **distill) -> Pair:
-    """The student's step: collapsed frozen teacher, compact tables."""
+def student(name: str, norm: str = "mean", device: str = "cpu", compute: torch.dtype | None = None, **distill) -> Pair:
+    """The student's step: collapsed frozen teacher, compact tables; `compute` as `--amp` has it."""
     frozen, c, data = teacher(name, norm, device), config(**distill), dataset(name)
     g, weights = frozen.graph, torch.full((len(frozen.features),), 1.0 / len(frozen.features), device=device)
     table = torch.cat(frozen.tables())
-    task = StudentTask(LightGCN(g, table, LAYERS), FrozenTeacher(frozen), c, data, g, weights)
+    task = StudentTask(LightGCN(g, table, LAYERS, compute), FrozenTeacher(frozen), c, data, g, weights)
 
     def eager(layout: str):
         twin, leaf = EagerTeacher(frozen, layout).freeze(), torch.nn.Parameter(table.clone())
