@@ -144,5 +144,5 @@ def report() -> str:
             others = "; ".join(
                 f"{i}: {why_not(op, i, device) or 'available'}" for i in IMPLS[1:] if i != used and i != "reference"
             )
-            lines.append(f"  {op:<10} {used:<10} ({others})")
+            lines.append(f"  {op:<15} {used:<10} ({others})")
     return "\n".join(lines)

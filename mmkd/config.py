@@ -194,7 +194,8 @@ class Config(_Section):
     seed: int = Field(0, ge=0, lt=2**63, description="seed of everything random")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA when torch has it")
     amp: Literal["bf16"] | None = Field(
-        None, description="bf16: tables are rounded for training's propagation and losses; empty: float32 throughout"
+        None,
+        description="bf16: what training's propagation gathers is rounded, on a GPU what the losses take too; empty: float32",
     )
     threads: int | None = Field(None, ge=1, description="CPU threads; empty: torch's own choice")
     prompt: PromptConfig = Field(default_factory=PromptConfig, description="prompt module")

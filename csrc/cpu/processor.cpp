@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <stdexcept>
+#include <string>
 
 #if defined(MMKD_X86)
 #include <cpuid.h>
@@ -12,9 +14,17 @@ namespace {
 
 constexpr int64_t kLeast = int64_t{32} << 20;
 
-const char* setting(const char* name) {
+// A whole number in [least, most] from the environment, or -1 where the variable is not set.
+int64_t setting(const char* name, int64_t least, int64_t most) {
   const char* text = std::getenv(name);
-  return text && *text ? text : nullptr;
+  if (!text || !*text) return -1;
+  char* end = nullptr;
+  const long long value = std::strtoll(text, &end, 10);
+  if (*end || value < least || value > most) {
+    throw std::runtime_error(std::string(name) + ": expected a whole number from " + std::to_string(least) + " to " +
+                             std::to_string(most) + ", got '" + text + "'");
+  }
+  return value;
 }
 
 #if defined(MMKD_X86)
@@ -42,17 +52,16 @@ int64_t cache_said() { return 0; }
 
 bool prefetches_far() {
   static const bool far = [] {
-    const char* text = setting("MMKD_FAR_PREFETCH");
-    return text ? *text != '0' : !intel();
+    const int64_t wanted = setting("MMKD_FAR_PREFETCH", 0, 1);
+    return wanted < 0 ? !intel() : wanted == 1;
   }();
   return far;
 }
 
 int64_t last_level_cache() {
   static const int64_t bytes = [] {
-    const char* text = setting("MMKD_CACHE_MB");
-    if (text) return std::clamp<int64_t>(std::strtol(text, nullptr, 10), 1, int64_t{1} << 20) << 20;
-    return std::max(kLeast, cache_said());
+    const int64_t mb = setting("MMKD_CACHE_MB", 1, 1 << 20);
+    return mb < 0 ? std::max(kLeast, cache_said()) : mb << 20;
   }();
   return bytes;
 }

@@ -1,5 +1,6 @@
 // What differs between processors of one instruction set: how far to prefetch, and what stays in the caches. It decides
-// times only: results have the same bits.
+// times only: results have the same bits. A variable with another value than is said here raises std::runtime_error, so
+// these are not to be asked first in a thread.
 #pragma once
 #include <cstdint>
 

@@ -1,7 +1,5 @@
 #include "cpu/spmm_kernel.h"
 
-#include <type_traits>
-
 #include "cpu/adamw_step.h"
 #include "cpu/vec.h"
 
@@ -14,6 +12,11 @@ constexpr int kFar = 48;                         // and into the second, where r
 constexpr int kBlock = 1024;                     // non-zeros checked, or copied, at a time
 constexpr int kRows = 64;                        // rows copied at a time
 constexpr int64_t kFarBytes = int64_t{4} << 20;  // rows are prefetched twice if they lie in more than this
+
+template <class A, class B>
+constexpr bool kSame = false;
+template <class A>
+constexpr bool kSame<A, A> = true;
 
 // Non-zeros that lie one after another: those of a CSR matrix, or of rows that were copied into a buffer.
 template <class T, class I>
@@ -591,10 +594,10 @@ int64_t rows_typed(const SpmmArgs& a, const Table<T>& t, int64_t begin, int64_t 
 template <class T, class I>
 int64_t spmm_typed(const SpmmArgs& a, int64_t begin, int64_t end) {
   const Table<T> t{static_cast<const T*>(a.x), a.d, static_cast<Acc<T>>(a.alpha), a.stream};
-  if constexpr (!std::is_same_v<T, f16_t>) {
+  if constexpr (!kSame<T, f16_t>) {
     if (a.adamw) return all_steps<T, I>(a, t, begin, end);
   }
-  if constexpr (std::is_same_v<T, bf16_t>) {
+  if constexpr (kSame<T, bf16_t>) {
     if (a.add_f32 && a.out_f32) return rows_typed<T, float, float, I>(a, t, begin, end);
     if (a.add_f32) return rows_typed<T, float, T, I>(a, t, begin, end);
   }

@@ -7,7 +7,7 @@
 
 namespace mmkd {
 
-// A step of AdamW with the rows of a product as the gradient. Tables [num_rows, d] of the product's type.
+// A step of AdamW with the rows of a product as the gradient. Tables [num_rows, d] of the accumulator's type.
 struct AdamwArgs {
   void *weight, *exp_avg, *exp_avg_sq;
   const void* l2;  // an entry per row of `add`, or null: what the gradient also has of the weights

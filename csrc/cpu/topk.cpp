@@ -57,6 +57,7 @@ void select(C* first, C* last, int64_t k) {
 template <class A>
 class Best {
  public:
+  // k: no more than there are items, and at least 1.
   void start(int64_t k, int64_t user, const Exclusion& exclusion) {
     k_ = k;
     buffer_.resize(static_cast<size_t>(capacity() + kMostPanel));
@@ -88,10 +89,11 @@ class Best {
     cut_ = to - first;
   }
 
-  void write(A* scores, int64_t* items) {
+  // The best `k`, which may be more than `start` was told: padded.
+  void write(int64_t k, A* scores, int64_t* items) {
     cut();
     std::sort(buffer_.data(), end);
-    for (int64_t i = 0; i < k_; ++i) {
+    for (int64_t i = 0; i < k; ++i) {
       const bool there = i < cut_;
       scores[i] = there ? buffer_[i].score_of() : -std::numeric_limits<A>::infinity();
       items[i] = there ? buffer_[i].item_of() : -1;
@@ -132,7 +134,8 @@ void pack(Problem<A>& p, const A* items) {
 // Ranks `count` <= kGroups * kTileUsers users.
 template <class A>
 void rank(const Problem<A>& p, const int64_t* ids, int64_t count, Best<A>* best, A* scores, int64_t* items) {
-  for (int64_t i = 0; i < count; ++i) best[i].start(p.k, ids[i], p.exclusion);
+  const int64_t most = std::clamp<int64_t>(p.k, 1, std::max<int64_t>(1, p.num_items));
+  for (int64_t i = 0; i < count; ++i) best[i].start(most, ids[i], p.exclusion);
   const int64_t block =
       std::max<int64_t>(1, kPanelBytes / std::max<int64_t>(1, p.d * p.width * static_cast<int64_t>(sizeof(A))));
   A floors[kTileUsers];
@@ -162,7 +165,7 @@ void rank(const Problem<A>& p, const int64_t* ids, int64_t count, Best<A>* best,
       }
     }
   }
-  for (int64_t i = 0; i < count; ++i) best[i].write(scores + i * p.k, items + i * p.k);
+  for (int64_t i = 0; i < count; ++i) best[i].write(p.k, scores + i * p.k, items + i * p.k);
 }
 
 template <class A>

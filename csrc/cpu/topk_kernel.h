@@ -7,6 +7,10 @@
 
 namespace mmkd {
 
+// Baseline code and every instruction set have these, so they are part of whoever uses them: the linker could else keep
+// one set's for all.
+#define MMKD_PART_OF __attribute__((always_inline)) inline
+
 // A score and its item as one value whose order is the ranking's: higher score first, equal scores by lower id.
 template <class A>
 struct Candidate;
@@ -14,33 +18,35 @@ template <>
 struct Candidate<double> {
   double score;
   int64_t item;
-  static Candidate of(double score, int64_t item) { return {score, item}; }
-  bool operator<(const Candidate& o) const { return score != o.score ? score > o.score : item < o.item; }
-  double score_of() const { return score; }
-  int64_t item_of() const { return item; }
+  MMKD_PART_OF static Candidate of(double score, int64_t item) { return {score, item}; }
+  MMKD_PART_OF bool operator<(const Candidate& o) const { return score != o.score ? score > o.score : item < o.item; }
+  MMKD_PART_OF double score_of() const { return score; }
+  MMKD_PART_OF int64_t item_of() const { return item; }
 };
 // One 64-bit number: the score's bits, mapped so that integers fall where floats rise, above the item.
 template <>
 struct Candidate<float> {
   uint64_t key;  // ascending: best first
-  static Candidate of(float score, int64_t item) {
+  MMKD_PART_OF static Candidate of(float score, int64_t item) {
     const float plus = score + 0.0f;  // -0 is 0
     uint32_t bits;
     memcpy(&bits, &plus, sizeof bits);
     return {static_cast<uint64_t>(falling(bits)) << 32 | static_cast<uint32_t>(item)};
   }
-  bool operator<(const Candidate& o) const { return key < o.key; }
-  float score_of() const {
+  MMKD_PART_OF bool operator<(const Candidate& o) const { return key < o.key; }
+  MMKD_PART_OF float score_of() const {
     const uint32_t bits = falling(static_cast<uint32_t>(key >> 32));
     float score;
     memcpy(&score, &bits, sizeof score);
     return score;
   }
-  int64_t item_of() const { return static_cast<uint32_t>(key); }
+  MMKD_PART_OF int64_t item_of() const { return static_cast<uint32_t>(key); }
 
   // Its own inverse.
-  static uint32_t falling(uint32_t bits) { return bits & 0x80000000u ? bits : bits ^ 0x7fffffffu; }
+  MMKD_PART_OF static uint32_t falling(uint32_t bits) { return bits & 0x80000000u ? bits : bits ^ 0x7fffffffu; }
 };
+
+#undef MMKD_PART_OF
 
 constexpr int kTileUsers = 6;
 constexpr int kMostPanel = 32;  // items of a panel, at most (AVX-512, float32)

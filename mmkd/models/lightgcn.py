@@ -101,9 +101,11 @@ def propagated(
 ) -> Tensor:  # fmt: skip
     """``propagate`` as the models train with it: in the type ``compute``, and into ``held`` where it is to hold the gradient."""
     transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if held is not None and rows is not None and torch.is_grad_enabled() and not transformed:
-        return _Hold.apply(x, held, rows)
     gather = gathered_in(x, compute)
+    # what `held` was made for may have changed since
+    holds = held is not None and held.gather == gather and (compute is None or gather is not None)
+    if holds and rows is not None and torch.is_grad_enabled() and not transformed:
+        return _Hold.apply(x, held, rows)
     if gather is not None and torch.is_grad_enabled():
         return ops.propagate(graph, x, layers, rows=rows, gather=gather)
     return ops.propagate(graph, rounded(x, compute), layers, rows=rows)
@@ -149,8 +151,8 @@ class LightGCN(HoldsGradient, nn.Module):
         table: ``E0``, ``[N, d]``; copied.
         layers: ``L``.
         compute: type of the table in training's propagation, for instance ``torch.bfloat16``; sums and the weights keep
-            theirs. On a CPU it is what layers are gathered in, elsewhere also what comes back. Without gradients
-            (evaluation, export) it is not used.
+            theirs. bfloat16 over a float32 table on a CPU is what layers are gathered in and nothing else; otherwise also
+            what is added and what comes back. Without gradients (evaluation, export) it is not used.
 
     Shape:
         ``forward()`` gives ``[N, d]``; ``forward(rows)`` only those rows, ``[len(rows), d]``.

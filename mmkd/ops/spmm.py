@@ -137,7 +137,7 @@ def propagate(
         gather: `torch.bfloat16`, for float32 `x`: what a layer gathers is rounded to it, once a layer, and half the
             bytes are read; `x` itself, all sums and what comes back are float32. `h <- x + Â bf16(h)`, `L` times, over
             `L + 1`. The backward pass is the same operator on the gradient: it takes the rounding for the identity and
-            rounds what it gathers itself. A CPU kernel; elsewhere composed, without gain.
+            rounds what it gathers itself. A CPU kernel; elsewhere the reference, without gain.
         impl: `auto`, `reference`, `cpp`, `cuda` or `triton`.
 
     Returns:
@@ -196,7 +196,7 @@ def propagate_adamw_(
         weight <- weight - lr / (1 - b1^step) exp_avg / (sqrt(exp_avg_sq / (1 - b2^step)) + eps)
 
     On a CPU the last layer back and the step are one pass over the table: `G` is never written. The bits are those of
-    `propagate`'s backward and `torch.optim.AdamW(fused=True)` (where the processor fuses multiply and add, and but for the
+    `propagate`'s backward with the same `gather` and `torch.optim.AdamW(fused=True)` (where the processor fuses multiply and add, and but for the
     few elements at the ends of its threads' shares that torch computes one by one).
 
     Args:
@@ -403,7 +403,7 @@ def _register(ns: str, ops) -> None:
         f"{ns}::propagate_backward",
         lambda rowptr, col, scale, grad, num_layers, rows, plan=None: grad.new_empty(rowptr.numel() - 1, grad.shape[1]),
     )
-    if ns == "mmkd":
+    if hasattr(ops, "propagate_mixed"):
         _register_cpu_only(ns)
     differentiable(ns, "spmm", _spmm_backward, _spmm_setup)
     differentiable(ns, "propagate", _propagate_backward, _propagate_setup)

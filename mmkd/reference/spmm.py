@@ -70,15 +70,33 @@ def propagate_backward(
     return propagate(rowptr, col, scale, full, num_layers)
 
 
+class _Mixed(torch.autograd.Function):
+    """The adjacency is symmetric, so the way back is the same operator, roundings included."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(rowptr: Tensor, col: Tensor, scale: Tensor, x: Tensor, num_layers: int) -> Tensor:
+        h = x
+        for _ in range(num_layers):
+            h = x + spmm(rowptr, col, h.to(torch.bfloat16).to(h.dtype), row_scale=scale, col_scale=scale)
+        return h / (num_layers + 1)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        *saved, _, ctx.num_layers = inputs
+        ctx.save_for_backward(*saved)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return None, None, None, _Mixed.apply(*ctx.saved_tensors, grad, ctx.num_layers), None
+
+
 def propagate_mixed(
     rowptr: Tensor, col: Tensor, scale: Tensor, x: Tensor, num_layers: int, rows: Tensor | None = None
 ) -> Tensor:
-    """`h <- x + Â bf16(h)`, `num_layers` times from `h = x`, over `num_layers + 1`; the gradient takes bf16 for the identity."""
-    h = x
-    for _ in range(num_layers):
-        narrow = h + (h.to(torch.bfloat16).to(h.dtype) - h).detach()
-        h = x + spmm(rowptr, col, narrow, row_scale=scale, col_scale=scale)
-    out = h / (num_layers + 1)
+    """`h <- x + Â bf16(h)`, `num_layers` times from `h = x`, over `num_layers + 1`; backwards the same of the gradient."""
+    out = _Mixed.apply(rowptr, col, scale, x, num_layers)
     return out if rows is None else out[rows]
 
 

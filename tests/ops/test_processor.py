@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 CODE = """
 import hashlib
 import torch
@@ -31,8 +33,15 @@ for dtype in (torch.float32, torch.bfloat16):
         out = ops.propagate(g, leaf, 2, rows=rows)
         out.square().sum().backward()
         show(out, leaf.grad)
+x = torch.randn(g.num_nodes, 64)
+for rows in (None, few, many):
+    leaf = x.clone().requires_grad_()
+    out = ops.propagate(g, leaf, 2, rows=rows, gather=torch.bfloat16)
+    out.square().sum().backward()
+    show(out, leaf.grad)
 weight, avg, avg_sq = (torch.randn(g.num_nodes, 64).abs_() for _ in range(3))
 ops.propagate_adamw_(g, torch.randn(2000, 64), 2, few, weight, avg, avg_sq, step=1, lr=0.1)
+ops.propagate_adamw_(g, torch.randn(2000, 64), 2, few, weight, avg, avg_sq, step=2, lr=0.1, gather=torch.bfloat16)
 show(weight, avg, avg_sq)
 u, v = torch.randn(users, 64, requires_grad=True), torch.randn(items, 64, requires_grad=True)
 pairs = [torch.randint(k, (1024,)) for k in (users, items, items)]
@@ -51,3 +60,12 @@ def test_prefetches_and_stores_past_the_caches_change_no_bit():
         return done.stdout
 
     assert bits("1", "32") == bits("0", "4096")  # with 32 MB the tables above are written past the caches
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("MMKD_FAR_PREFETCH", "off"), ("MMKD_CACHE_MB", "auto"), ("MMKD_CACHE_MB", "-5")]
+)
+def test_a_wrong_setting_is_refused_by_name(name, value):
+    code = CODE.split("for dtype in")[0] + "x = torch.randn(g.num_nodes, 64)\nops.spmm(g.rowptr, g.col, x)"
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {name: value}, capture_output=True, text=True)
+    assert done.returncode != 0 and f"{name}: expected a whole number from" in done.stderr, done.stderr

@@ -46,6 +46,7 @@ def test_grid(d, num_layers, kind, cpu_isa, poison_empty):
     (back,) = torch.autograd.grad(ours, x, grad)
     named = torch.arange(g.num_nodes) if rows is None else rows
     as_rounded(back, reference.propagate_mixed_backward(g.rowptr, g.col, g.scale, grad, num_layers, named))
+    as_rounded(back, torch.autograd.grad(theirs, x, grad)[0])
 
 
 def test_error_against_float64_is_that_of_one_rounding_a_layer():
@@ -124,6 +125,31 @@ def test_without_gradients_a_model_is_float32():
     held = narrow.held.dense(narrow.table)
     optimizer.materialize()
     assert torch.equal(narrow.table.grad, held)
+
+
+def test_infinity_stays_what_it_is():
+    g = make_graph()
+    x = torch.randn(g.num_nodes, 16)
+    x[3, 0], x[5, 1], x[7, 2] = float("inf"), float("nan"), 3.4e38  # the last rounds to infinity
+    ours = ops.propagate(g, x, 1, gather=BF16)
+    theirs = ops.propagate(g, x, 1, gather=BF16, impl="reference")
+    for count in (torch.isinf, torch.isnan):
+        assert count(ours).any() and torch.equal(count(ours), count(theirs))
+
+
+def test_a_model_that_is_changed_under_its_optimizer():
+    g = make_graph()
+    model = LightGCN(g, torch.randn(g.num_nodes, 16), 2, BF16)
+    optimizer = PropagatedAdamW(model, [{"params": [model.table]}], 1e-2)
+    rows = torch.tensor([0, 7])
+    model.compute = None
+    assert torch.equal(model(rows), model()[rows])
+    model(rows).sum().backward()
+    assert optimizer.held.grad is None and model.table.grad is not None
+    wide = LightGCN(g, torch.randn(g.num_nodes, 16), 2, BF16)
+    optimizer = PropagatedAdamW(wide, [{"params": [wide.table]}], 1e-2)
+    wide.double()(rows).sum().backward()
+    assert optimizer.held.grad is None and wide.table.grad.dtype == torch.float64
 
 
 def test_refusals_name_the_argument():
