@@ -137,8 +137,8 @@ def propagate(
         gather: `torch.bfloat16`, for float32 `x`: what a layer gathers is rounded to it, once a layer, and half the
             bytes are read; `x` itself, all sums and what comes back are float32. `h <- x + Â bf16(h)`, `L` times, over
             `L + 1`. The backward pass is the same operator on the gradient: it takes the rounding for the identity and
-            rounds what it gathers itself. A CPU kernel; elsewhere the reference, without gain.
-        impl: `auto`, `reference`, `cpp`, `cuda` or `triton`.
+            rounds what it gathers itself. A CPU kernel; elsewhere `auto` is the reference, without gain, and says so.
+        impl: `auto`, `reference`, `cpp`, `cuda` or `triton`; the first three where `gather` is given.
 
     Returns:
         `[N, d]`, or `[n, d]` equal to `propagate(graph, x, L)[rows]`.
@@ -162,8 +162,7 @@ def propagate(
     scale = graph.scale_as(x.dtype)
     if gather is not None:
         check_gather(gather, x, "x")
-        composed = impl == "auto" and x.device.type != "cpu"
-        which = "reference" if composed else backends.resolve("propagate_mixed", x, impl)
+        which = backends.resolve("propagate_mixed", x, impl)
         if which == "reference":
             return reference.propagate_mixed(graph.rowptr, graph.col, scale, x, num_layers, rows)
         return call(which, "propagate_mixed", graph.rowptr, graph.col, scale, dense(x), num_layers, rows)
@@ -196,8 +195,8 @@ def propagate_adamw_(
         weight <- weight - lr / (1 - b1^step) exp_avg / (sqrt(exp_avg_sq / (1 - b2^step)) + eps)
 
     On a CPU the last layer back and the step are one pass over the table: `G` is never written. The bits are those of
-    `propagate`'s backward with the same `gather` and `torch.optim.AdamW(fused=True)` (where the processor fuses multiply and add, and but for the
-    few elements at the ends of its threads' shares that torch computes one by one).
+    `propagate`'s backward with the same `gather` and `torch.optim.AdamW(fused=True)` (where the processor fuses multiply
+    and add, and but for the few elements at the ends of its threads' shares that torch computes one by one).
 
     Args:
         graph: gives `Â`.
@@ -318,51 +317,23 @@ def _sddmm_backward(ops):
 
 
 def _propagate_setup(ctx, inputs, output) -> None:
-    rowptr, col, scale, _, ctx.num_layers, rows, plan = inputs
-    ctx.save_for_backward(rowptr, col, scale, rows, plan)
+    rowptr, col, scale, _, ctx.num_layers, *rest = inputs  # rest: rows, and a plan where the op has one
+    ctx.save_for_backward(rowptr, col, scale, *rest)
 
 
-def _propagate_backward(ops):
-    def backward(ctx, grad):
-        rowptr, col, scale, rows, plan = ctx.saved_tensors
-        # Â is symmetric: the same operator, started from `rows` only where they are given.
-        out = ops.propagate_backward(rowptr, col, scale, grad.contiguous(), ctx.num_layers, rows, plan)
-        return None, None, None, out, None, None, None
+def _back_by(name: str):
+    """The way back through propagation is op `name`: `Â` is symmetric, so it is the same operator, started from `rows`
+    only where they are given. That is linear in the gradient, and its own adjoint is propagation itself."""
 
-    return backward
+    def make(ops):
+        def backward(ctx, grad):
+            rowptr, col, scale, *rest = ctx.saved_tensors
+            out = getattr(ops, name)(rowptr, col, scale, grad.contiguous(), ctx.num_layers, *rest)
+            return None, None, None, out, None, *(None for _ in rest)
 
+        return backward
 
-def _propagate_twice(ops):
-    def backward(ctx, grad):
-        # propagate_backward is linear in its gradient, and its adjoint is propagation itself.
-        rowptr, col, scale, rows, plan = ctx.saved_tensors
-        out = ops.propagate(rowptr, col, scale, grad.contiguous(), ctx.num_layers, rows, plan)
-        return None, None, None, out, None, None, None
-
-    return backward
-
-
-def _mixed_setup(ctx, inputs, output) -> None:
-    rowptr, col, scale, _, ctx.num_layers, rows = inputs
-    ctx.save_for_backward(rowptr, col, scale, rows)
-
-
-def _mixed_backward(ops):
-    def backward(ctx, grad):
-        rowptr, col, scale, rows = ctx.saved_tensors
-        out = ops.propagate_mixed_backward(rowptr, col, scale, grad.contiguous(), ctx.num_layers, rows)
-        return None, None, None, out, None, None
-
-    return backward
-
-
-def _mixed_twice(ops):
-    def backward(ctx, grad):
-        rowptr, col, scale, rows = ctx.saved_tensors
-        out = ops.propagate_mixed(rowptr, col, scale, grad.contiguous(), ctx.num_layers, rows)
-        return None, None, None, out, None, None
-
-    return backward
+    return make
 
 
 def _register_cpu_only(ns: str) -> None:
@@ -378,8 +349,8 @@ def _register_cpu_only(ns: str) -> None:
         f"{ns}::propagate_mixed_backward",
         lambda rowptr, col, scale, grad, num_layers, rows: grad.new_empty(rowptr.numel() - 1, grad.shape[1]),
     )
-    differentiable(ns, "propagate_mixed", _mixed_backward, _mixed_setup)
-    differentiable(ns, "propagate_mixed_backward", _mixed_twice, _mixed_setup)
+    differentiable(ns, "propagate_mixed", _back_by("propagate_mixed_backward"), _propagate_setup)
+    differentiable(ns, "propagate_mixed_backward", _back_by("propagate_mixed"), _propagate_setup)
 
 
 @on_register
@@ -406,6 +377,6 @@ def _register(ns: str, ops) -> None:
     if hasattr(ops, "propagate_mixed"):
         _register_cpu_only(ns)
     differentiable(ns, "spmm", _spmm_backward, _spmm_setup)
-    differentiable(ns, "propagate", _propagate_backward, _propagate_setup)
+    differentiable(ns, "propagate", _back_by("propagate_backward"), _propagate_setup)
     differentiable(ns, "sddmm", _sddmm_backward, _spmm_setup)
-    differentiable(ns, "propagate_backward", _propagate_twice, _propagate_setup)
+    differentiable(ns, "propagate_backward", _back_by("propagate"), _propagate_setup)
