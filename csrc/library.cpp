@@ -98,6 +98,16 @@ STABLE_TORCH_LIBRARY(mmkd, m) {
       "frozen_teacher_backward(Tensor? grad_margin, Tensor? grad_logits, Tensor? grad_targets, Tensor content, Tensor "
       "design, Tensor ids, Tensor omega, Tensor state, Tensor nodes, Tensor candidates, Tensor heads, int first_item) "
       "-> Tensor");
+  // distill of what frozen_teacher says, with its gradients.
+  m.def(
+      "distill_frozen(Tensor table, int num_users, Tensor users, Tensor candidates, Tensor nodes, Tensor content, "
+      "Tensor "
+      "design, Tensor ids, Tensor omega, Tensor state, Tensor asked, Tensor listed, int first_item, Tensor "
+      "list_weights, "
+      "Tensor emb_weights, float bpr, float pair, float list, float emb, float pair_tau, bool bernoulli, float alpha, "
+      "float beta, float list_tau, bool coupled, float gamma, bool need_table, bool need_state) -> (Tensor loss, "
+      "Tensor "
+      "terms, Tensor grad_table, Tensor grad_state)");
   m.def(
       "topk(Tensor user_emb, Tensor item_emb, int k, Tensor? users, Tensor? rowptr, Tensor? col) -> (Tensor scores, "
       "Tensor ids)");

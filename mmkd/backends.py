@@ -24,11 +24,12 @@ OPS = {
     "list_kd": ("list_kd", "list_kd_backward", "list_scores", "list_scores_backward"),
     "emb_kd": ("emb_kd", "emb_kd_backward"),
     "distill": ("distill",),
+    "distill_frozen": ("distill_frozen",),
     "topk": ("topk",),
     "frozen_teacher": ("frozen_teacher", "frozen_teacher_backward"),
 }
 # off the CPU the doors of these compose library products and other ops
-CPU_ONLY = ("propagate_mixed", "propagate_adamw", "frozen_teacher", "distill")
+CPU_ONLY = ("propagate_mixed", "propagate_adamw", "frozen_teacher", "distill", "distill_frozen")
 ORDER = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
 # what is known of the GPU kernels' speed: docs/performance.md
 TIMED_ON = "timed on an H100, not yet on other GPUs"

@@ -198,7 +198,9 @@ struct Batch {
   const int64_t* asked(int part) const { return a.nodes + part * a.batch + begin; }
   const int64_t* list(int64_t i) const { return a.candidates + (begin + i) * a.list; }
   // part 0: users, 1: observed items, 2: negatives
-  A* head(int64_t m, int part) const { return static_cast<A*>(a.heads) + ((m * 3 + part) * a.batch + begin) * a.d; }
+  A* head(int64_t m, int part) const {
+    return static_cast<A*>(a.heads) + ((m * 3 + part) * a.head_rows + begin - a.first_head) * a.d;
+  }
   A* logits(int64_t m, int64_t i) const { return static_cast<A*>(a.logits) + (m * a.batch + begin + i) * a.list; }
   const A* grad_logits(int64_t m, int64_t i) const {
     return static_cast<const A*>(a.grad_logits) + (m * a.batch + begin + i) * a.list;
@@ -272,7 +274,7 @@ void targets_typed(const FrozenArgs& a, int64_t begin, int64_t end) {
   const int64_t* index = a.nodes + 3 * a.batch + begin;
   for (int64_t m = 0; m < a.modalities; ++m) {
     const Rows<A> start{static_cast<const A*>(a.content) + m * a.num_nodes * a.d, a.d, index};
-    A* out = static_cast<A*>(a.targets) + (m * a.num_targets + begin) * a.d;
+    A* out = static_cast<A*>(a.targets) + (m * a.target_rows + begin - a.first_target) * a.d;
     product(Rows<A>{static_cast<const A*>(a.design), a.e, index}, end - begin, a.e,
             static_cast<const A*>(a.state) + m * a.e * a.d, a.d, &start, out, a.d, a.d);
   }
@@ -348,7 +350,7 @@ void target_grads_typed(const FrozenArgs& a, int64_t begin, int64_t end, void* s
   A* design = static_cast<A*>(scratch);
   copy_rows(Rows<A>{static_cast<const A*>(a.design), a.e, a.nodes + 3 * a.batch + begin}, n, a.e, design);
   for (int64_t m = 0; m < a.modalities; ++m) {
-    const A* grad = static_cast<const A*>(a.grad_targets) + (m * a.num_targets + begin) * a.d;
+    const A* grad = static_cast<const A*>(a.grad_targets) + (m * a.target_rows + begin - a.first_target) * a.d;
     add_outer(design, a.e, a.e, grad, a.d, a.d, n, static_cast<A*>(sum) + m * a.e * a.d);
   }
 }

@@ -18,13 +18,14 @@ struct FrozenArgs {
   const void* state_t;        // Z^T, [M, d, ep], zeros behind e
   const int64_t* nodes;       // [3 B + n]: users, observed items, negatives, then those whose F is returned
   const int64_t* candidates;  // [B, L] items
-  void* heads;                // F at the first 3 B nodes, [M, 3 B, d]
-  void* targets;              // F at the others, [M, n, d]
+  void* heads;                // F at the first 3 B nodes, [M, 3, head_rows, d], from sample first_head on
+  void* targets;              // F at the others, [M, target_rows, d], from target first_target on
   void* margin;               // [B]
   void* logits;               // [M, B, L]
   const void* grad_margin;    // backward; null: zeros
   const void* grad_logits;
-  const void* grad_targets;
+  const void* grad_targets;  // laid out as targets
+  int64_t head_rows, first_head, target_rows, first_target;
   int64_t num_nodes, first_item, d, e, ep, modalities, batch, list, num_targets;
 };
 

@@ -2,6 +2,7 @@
 
 from mmkd.ops.bpr_kd import bpr_kd_from_scores, bpr_loss, bpr_pair_kd_loss, pair_kd_loss
 from mmkd.ops.distill import distill_loss
+from mmkd.ops.distill_frozen import distill_frozen_loss
 from mmkd.ops.emb_kd import emb_kd_loss
 from mmkd.ops.frozen_teacher import frozen_teacher
 from mmkd.ops.list_kd import list_kd_from_scores, list_kd_loss, list_scores
@@ -12,6 +13,7 @@ __all__ = [
     "bpr_kd_from_scores",
     "bpr_loss",
     "bpr_pair_kd_loss",
+    "distill_frozen_loss",
     "distill_loss",
     "emb_kd_loss",
     "frozen_teacher",

@@ -90,6 +90,53 @@ def _function(
     return type(f"mmkd_{name}", (torch.autograd.Function,), body)
 
 
+def differentiable_loss(ns: str, name: str, places: tuple[int, ...]) -> None:
+    """Registers the gradient of an op that makes it on the way forward.
+
+    The op returns a scalar loss, something for the user that has no gradient, and the gradients of the inputs at `places`;
+    its last inputs say which of those are needed, in their order.
+    """
+
+    def setup(ctx, inputs, output) -> None:
+        grads = output[2:]
+        ctx.traced = any(type(t) is not torch.Tensor for t in grads)
+        ctx.needed, ctx.count = inputs[-len(places) :], len(inputs)
+        ctx.set_materialize_grads(False)
+        if ctx.traced:
+            ctx.save_for_backward(*grads)
+            return
+        ctx.grads = [t.detach() for t in grads]  # outside of the graph: nobody else holds them
+        ctx.arguments = [None if isinstance(a, torch.Tensor) else a for a in inputs]
+        ctx.places = [i for i, a in enumerate(inputs) if isinstance(a, torch.Tensor)]
+        ctx.save_for_backward(*(inputs[i] for i in ctx.places))
+
+    def made(ctx, ops, grad: torch.Tensor) -> list[torch.Tensor]:
+        """The gradients times the incoming one, nobody else's."""
+        if ctx.traced:
+            return [g * grad for g in ctx.saved_tensors]
+        grads, ctx.grads = ctx.grads, None
+        if grads is None:  # a second pass through a kept graph
+            arguments = list(ctx.arguments)
+            for place, t in zip(ctx.places, ctx.saved_tensors, strict=True):
+                arguments[place] = t
+            grads = getattr(ops, name)(*arguments)[2:]
+        return list(grads) if grad.item() == 1 else [g.mul_(grad) for g in grads]
+
+    def make_backward(ops) -> Callable:
+        def backward(ctx, grad, *_others):
+            if torch.is_grad_enabled():
+                raise RuntimeError(f"mmkd::{name}: second derivatives are not supported; use impl='reference' for them")
+            out: list[torch.Tensor | None] = [None] * ctx.count
+            if grad is not None:
+                for place, g, need in zip(places, made(ctx, ops, grad), ctx.needed, strict=True):
+                    out[place] = g if need else None
+            return tuple(out)
+
+        return backward
+
+    differentiable(ns, name, make_backward, setup, losses=1)
+
+
 _triton_loaded = False
 
 

@@ -17,12 +17,10 @@ from mmkd.ops._checks import (
     dense,
     vector,
 )
-from mmkd.ops._registry import call, differentiable, on_register
+from mmkd.ops._registry import call, differentiable_loss, on_register
 from mmkd.ops.bpr_kd import KINDS, bpr_loss, bpr_pair_kd_loss
 from mmkd.ops.emb_kd import emb_kd_loss
 from mmkd.ops.list_kd import WEIGHTS, list_kd_loss
-
-_ARGUMENTS = 25  # of the schema
 
 
 def distill_loss(
@@ -66,12 +64,7 @@ def distill_loss(
         table, num_users, users, candidates, teacher_margin, teacher_logits, nodes, targets, weights, list_modalities,
         emb_modalities,
     )  # fmt: skip
-    if pair_kind not in KINDS:
-        raise ValueError(f"pair_kind: expected one of {', '.join(KINDS)}, got {pair_kind!r}")
-    if list_weight not in WEIGHTS:
-        raise ValueError(f"list_weight: expected one of {', '.join(WEIGHTS)}, got {list_weight!r}")
-    _check_numbers(pair_tau=pair_tau, list_tau=list_tau, alpha=alpha, beta=beta, gamma=gamma)
-    settings = (pair_tau, pair_kind, alpha, beta, list_tau, list_weight, gamma)
+    settings = checked_settings(pair_tau, pair_kind, alpha, beta, list_tau, list_weight, gamma)
     sixteen = table.dtype not in (torch.float32, torch.float64)
     if impl == "cpp" and sixteen:
         raise TypeError(f"table: expected float32 or float64 for impl='cpp', got {table.dtype}")
@@ -93,10 +86,30 @@ def _fused(
     tensors = (None if t is None else dense(t) for t in (margin, logits, nodes, targets))
     loss, terms, *_ = call(
         which, "distill", dense(table), int(num_users), dense(users), dense(candidates), *tensors, list_m, emb_m,
-        *map(float, weights), float(pair_tau), pair_kind == "bernoulli", float(alpha), float(beta), float(list_tau),
-        list_weight == "coupled", float(gamma), *need,
+        *map(float, weights),
+        *schema_settings(pair_tau, pair_kind, alpha, beta, list_tau, list_weight, gamma), *need,
     )  # fmt: skip
     return loss, terms.detach()
+
+
+def checked_settings(
+    pair_tau: float, pair_kind: str, alpha: float, beta: float, list_tau: float, list_weight: str, gamma: float
+) -> tuple:
+    """The losses' settings in the reference's order, or the error that names the one that is wrong."""
+    if pair_kind not in KINDS:
+        raise ValueError(f"pair_kind: expected one of {', '.join(KINDS)}, got {pair_kind!r}")
+    if list_weight not in WEIGHTS:
+        raise ValueError(f"list_weight: expected one of {', '.join(WEIGHTS)}, got {list_weight!r}")
+    _check_numbers(pair_tau=pair_tau, list_tau=list_tau, alpha=alpha, beta=beta, gamma=gamma)
+    return pair_tau, pair_kind, alpha, beta, list_tau, list_weight, gamma
+
+
+def schema_settings(
+    pair_tau: float, pair_kind: str, alpha: float, beta: float, list_tau: float, list_weight: str, gamma: float
+) -> tuple:
+    """The same as the kernels take them."""
+    numbers = float(alpha), float(beta), float(list_tau)
+    return float(pair_tau), pair_kind == "bernoulli", *numbers, list_weight == "coupled", float(gamma)
 
 
 def composed(
@@ -129,6 +142,28 @@ def _checked(
     table, num_users, users, candidates, teacher_margin, teacher_logits, nodes, targets, weights, list_m, emb_m
 ) -> tuple:
     """The arguments, conformed: what a part of weight 0 would take is left out."""
+    check_batch(table, num_users, users, candidates)
+    weights = checked_weights(weights)
+    _check_there(weights, teacher_margin, teacher_logits, nodes, targets)
+    acc = accumulate_type(table.dtype)
+    margin, logits, nodes, targets = (
+        _teacher_margin(teacher_margin, users, acc) if weights[1] else None,
+        _teacher_logits(teacher_logits, candidates, acc) if weights[2] else None,
+        nodes if weights[3] else users.new_empty(0),
+        _targets(targets, nodes, table) if weights[3] else None,
+    )
+    if not weights[2]:
+        candidates = candidates[:, :2]
+    at = (("users", users), ("candidates", candidates), ("teacher_margin", margin), ("teacher_logits", logits))
+    check_same_device(("table", table), *at, ("nodes", nodes), ("targets", targets))
+    heads, aims = (0 if t is None else len(t) for t in (logits, targets))
+    list_m = modality_weights(list_m, "list_modalities", heads, table, 1.0 / max(1, heads))
+    emb_m = modality_weights(emb_m, "emb_modalities", aims, table, 1.0)
+    return table, num_users, users, candidates, margin, logits, nodes, targets, weights, list_m, emb_m
+
+
+def check_batch(table: Tensor, num_users: int, users: Tensor, candidates: Tensor) -> None:
+    """A table of users, then items, and a batch of lists over it."""
     check_floating(table, "table")
     check_rank(table, "table", 2)
     if isinstance(num_users, bool) or not hasattr(num_users, "__index__"):
@@ -142,25 +177,9 @@ def _checked(
         raise ValueError(
             f"candidates: expected K >= 2, the observed item and a negative, got K = {candidates.shape[1]}"
         )
-    weights = _four(weights)
-    _check_there(weights, teacher_margin, teacher_logits, nodes, targets)
-    acc = accumulate_type(table.dtype)
-    margin, logits, nodes, targets = (
-        _teacher_margin(teacher_margin, users, acc) if weights[1] else None,
-        _teacher_logits(teacher_logits, candidates, acc) if weights[2] else None,
-        nodes if weights[3] else users.new_empty(0),
-        _targets(targets, nodes, table) if weights[3] else None,
-    )
-    if not weights[2]:
-        candidates = candidates[:, :2]
-    at = (("users", users), ("candidates", candidates), ("teacher_margin", margin), ("teacher_logits", logits))
-    check_same_device(("table", table), *at, ("nodes", nodes), ("targets", targets))
-    list_m = _modalities(list_m, "list_modalities", logits, table, 1.0 / max(1, 0 if logits is None else len(logits)))
-    emb_m = _modalities(emb_m, "emb_modalities", targets, table, 1.0)
-    return table, num_users, users, candidates, margin, logits, nodes, targets, weights, list_m, emb_m
 
 
-def _four(weights) -> tuple[float, float, float, float]:
+def checked_weights(weights) -> tuple[float, float, float, float]:
     try:
         four = tuple(float(w) for w in weights)
     except (TypeError, ValueError):
@@ -210,53 +229,14 @@ def _targets(t: Tensor, nodes: Tensor, table: Tensor) -> Tensor:
     return t
 
 
-def _modalities(t: Tensor | None, name: str, like: Tensor | None, table: Tensor, otherwise: float) -> Tensor:
+def modality_weights(t: Tensor | None, name: str, count: int, table: Tensor, otherwise: float) -> Tensor:
+    """`[count]` in the accumulator type; `otherwise` where none are given."""
     check_no_grad(t, name)
-    count, acc = 0 if like is None else like.shape[0], accumulate_type(table.dtype)
-    if t is None or like is None:
+    acc = accumulate_type(table.dtype)
+    if t is None or not count:
         return table.new_full((count,), otherwise, dtype=acc)
     check_same_device(("table", table), (name, t))
     return vector(t, name, count, acc)
-
-
-def _setup(ctx, inputs, output) -> None:
-    grads = output[2:]
-    ctx.traced = any(type(t) is not Tensor for t in grads)
-    ctx.needed = inputs[-4:]
-    ctx.set_materialize_grads(False)
-    if ctx.traced:
-        ctx.save_for_backward(*grads)
-        return
-    ctx.grads = [t.detach() for t in grads]  # outside of the graph: nobody else holds them
-    ctx.arguments = [None if isinstance(a, Tensor) else a for a in inputs]
-    ctx.places = [i for i, a in enumerate(inputs) if isinstance(a, Tensor)]
-    ctx.save_for_backward(*(inputs[i] for i in ctx.places))
-
-
-def _made(ctx, ops, grad: Tensor) -> list[Tensor]:
-    """The gradients times the incoming one, nobody else's."""
-    if ctx.traced:
-        return [g * grad for g in ctx.saved_tensors]
-    grads, ctx.grads = ctx.grads, None
-    if grads is None:  # a second pass through a kept graph
-        arguments = list(ctx.arguments)
-        for place, t in zip(ctx.places, ctx.saved_tensors, strict=True):
-            arguments[place] = t
-        grads = ops.distill(*arguments)[2:]
-    return list(grads) if grad.item() == 1 else [g.mul_(grad) for g in grads]
-
-
-def _backward(ops):
-    def backward(ctx, grad, *_others):
-        if torch.is_grad_enabled():
-            raise RuntimeError("mmkd::distill: second derivatives are not supported; use impl='reference' for them")
-        if grad is None:
-            return (None,) * _ARGUMENTS
-        made = zip(_made(ctx, ops, grad), ctx.needed, strict=True)
-        table, margin, logits, targets = (g if need else None for g, need in made)
-        return table, None, None, None, margin, logits, None, targets, *([None] * (_ARGUMENTS - 8))
-
-    return backward
 
 
 @on_register
@@ -271,4 +251,4 @@ def _register(ns: str, ops) -> None:
         return table.new_empty(()), table.new_empty(4), *grads
 
     torch.library.register_fake(f"{ns}::distill", fake)
-    differentiable(ns, "distill", _backward, _setup, losses=1)
+    differentiable_loss(ns, "distill", (0, 4, 5, 7))  # table, margin, logits, targets

@@ -46,6 +46,21 @@ def frozen_teacher(
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype or device (named). RuntimeError: an id out of range.
     """
+    check_frozen(content, design, ids, omega, state, nodes, "nodes", candidates, "candidates")
+    if impl == "auto" and content.device.type != "cpu":
+        return composed(content, design, ids, omega, state, nodes, candidates, first_item)
+    which = backends.resolve("frozen_teacher", content, impl)
+    if which == "reference":
+        return reference.frozen_teacher(content, design, ids, omega, state, nodes, candidates, first_item)
+    tables = (dense(content), dense(design), dense(ids), dense(omega), dense(state))
+    return call(which, "frozen_teacher", *tables, dense(nodes), dense(candidates), first_item)[:3]
+
+
+def check_frozen(
+    content: Tensor, design: Tensor, ids: Tensor, omega: Tensor, state: Tensor, nodes: Tensor, nodes_name: str,
+    candidates: Tensor, list_name: str,
+) -> None:  # fmt: skip
+    """The constants of a collapsed teacher, and what it is asked for."""
     check_floating(content, "content")
     check_rank(content, "content", 3)
     check_rank(state, "state", 3)
@@ -60,21 +75,15 @@ def frozen_teacher(
         check_shape(t, name, shape)
         if name != "state":
             check_no_grad(t, name)
-    check_index(nodes, "nodes")
-    check_index(candidates, "candidates", rank=2)
+    check_index(nodes, nodes_name)
+    check_index(candidates, list_name, rank=2)
     if len(nodes) < 3 * len(candidates):
         raise ValueError(
-            f"nodes: expected at least {3 * len(candidates)} ids, 3 per row of candidates, got shape {tuple(nodes.shape)}"
+            f"{nodes_name}: expected at least {3 * len(candidates)} ids, 3 per row of {list_name}, got shape "
+            f"{tuple(nodes.shape)}"
         )
-    named = (("design", design), ("ids", ids), ("omega", omega), ("state", state), ("nodes", nodes))
-    check_same_device(("content", content), *named, ("candidates", candidates))
-    if impl == "auto" and content.device.type != "cpu":
-        return composed(content, design, ids, omega, state, nodes, candidates, first_item)
-    which = backends.resolve("frozen_teacher", content, impl)
-    if which == "reference":
-        return reference.frozen_teacher(content, design, ids, omega, state, nodes, candidates, first_item)
-    tables = (dense(content), dense(design), dense(ids), dense(omega), dense(state))
-    return call(which, "frozen_teacher", *tables, dense(nodes), dense(candidates), first_item)[:3]
+    named = (("design", design), ("ids", ids), ("omega", omega), ("state", state), (nodes_name, nodes))
+    check_same_device(("content", content), *named, (list_name, candidates))
 
 
 def composed(

@@ -2,6 +2,7 @@
 
 from mmkd.reference.bpr_kd import bpr, margins, pair_kd
 from mmkd.reference.distill import distill
+from mmkd.reference.distill_frozen import distill_frozen
 from mmkd.reference.emb_kd import emb_kd
 from mmkd.reference.frozen_teacher import frozen_teacher
 from mmkd.reference.list_kd import list_kd, list_scores
@@ -19,6 +20,7 @@ from mmkd.reference.topk import topk
 __all__ = [
     "bpr",
     "distill",
+    "distill_frozen",
     "emb_kd",
     "frozen_teacher",
     "list_kd",

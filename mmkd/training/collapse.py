@@ -116,6 +116,11 @@ class FrozenTeacher(nn.Module):
             return constant
         return torch.baddbmm(constant, self.design.index_select(0, nodes).expand(self.modalities, -1, -1), state)
 
+    def constants(self, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """``C, K, ids, omega`` of :func:`mmkd.ops.frozen_teacher`; None where there is more or less to it than those:
+        ``norm="row"``, or a prompt that is part of the constants."""
+        return None if self.norm != "mean" or state is None else (self.content, self.design, self.ids, self.omega)
+
     def asked(
         self, nodes: Tensor, candidates: Tensor, state: Tensor | None, lists: bool = True
     ) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -130,8 +135,8 @@ class FrozenTeacher(nn.Module):
         Returns:
             ``E^T_u . (E^T_pos - E^T_neg)``, ``[B]``; logits ``[M, B, K]`` or None; ``F`` of the last n nodes, ``[M, n, d]``.
         """
-        if self.norm == "mean" and state is not None:
-            constants = (self.content, self.design, self.ids, self.omega)
+        constants = self.constants(state)
+        if constants is not None:
             listed = candidates if lists else candidates[:, :0]
             margin, logits, targets = ops.frozen_teacher(*constants, state, nodes, listed, self.graph.num_users)
             return margin, logits if lists else None, targets

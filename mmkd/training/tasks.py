@@ -196,8 +196,7 @@ class StudentTask:
         drawn = self.batch(epoch, step).to(self.graph.device)
         batch = drawn.nodes
         table = self.student(batch.rows)  # [n, d]
-        asked = drawn.asked, drawn.candidates, self.teacher.state()
-        loss, terms = self._distill(batch, table, *self.teacher.asked(*asked, lists=bool(self.distill.list)))
+        loss, terms = self._distill(drawn, table)
         if len(batch.shared):
             ranking = ranking_loss(*batch.split(table), batch)
             loss, terms = loss + ranking, {"ranking": ranking, **terms}
@@ -205,18 +204,23 @@ class StudentTask:
         terms = {name: value.detach() for name, value in terms.items()}
         return {**terms, "l2": add_l2(self.student, batch, self.settings.l2)}
 
-    def _distill(
-        self, batch: NodeBatch, table: Tensor, margin: Tensor, logits: Tensor | None, targets: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def _distill(self, drawn: StudentBatch, table: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The losses of the compact table; BPR only where no shared negatives take its place."""
-        d = self.distill
+        batch, d = drawn.nodes, self.distill
         weights = (0.0 if len(batch.shared) else 1.0, d.pair, d.list, d.emb)
-        loss, terms = ops.distill_loss(
-            table, batch.num_users, batch.users, batch.candidates, margin, logits, batch.extra, targets.to(table.dtype),
-            weights=weights, pair_tau=d.pair_tau, pair_kind=d.pair_kind, alpha=d.list_alpha, beta=d.list_beta,
-            list_tau=d.list_tau, list_weight=d.list_weight, gamma=d.emb_gamma, list_modalities=self.modality_weights,
-            emb_modalities=self.emb_modalities,
-        )  # fmt: skip
+        settings = {
+            "weights": weights, "pair_tau": d.pair_tau, "pair_kind": d.pair_kind, "alpha": d.list_alpha,
+            "beta": d.list_beta, "list_tau": d.list_tau, "list_weight": d.list_weight, "gamma": d.emb_gamma,
+            "list_modalities": self.modality_weights, "emb_modalities": self.emb_modalities,
+        }  # fmt: skip
+        own, state = (table, batch.num_users, batch.users, batch.candidates), self.teacher.state()
+        constants = self.teacher.constants(state)
+        if constants is not None:
+            asked = drawn.asked, drawn.candidates, self.graph.num_users
+            loss, terms = ops.distill_frozen_loss(*own, batch.extra, *constants, state, *asked, **settings)
+        else:
+            margin, logits, targets = self.teacher.asked(drawn.asked, drawn.candidates, state, lists=bool(d.list))
+            loss, terms = ops.distill_loss(*own, margin, logits, batch.extra, targets.to(table.dtype), **settings)
         named = zip(("ranking", "pair", "list", "emb"), weights, (terms * self.lambdas).unbind(), strict=True)
         return loss, {name: term for name, weight, term in named if weight}
 
