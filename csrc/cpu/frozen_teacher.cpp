@@ -27,10 +27,9 @@ void transpose_into(const FrozenArgs& a, const A* from, A* to) {
 template <class A>
 void add_typed(const A* parts, int64_t count, int64_t size, A* out) {
   for_range(size, 1024, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      A sum = 0;
-      for (int64_t p = 0; p < count; ++p) sum += parts[p * size + i];
-      out[i] = sum;
+    std::fill(out + begin, out + end, A(0));
+    for (int64_t p = 0; p < count; ++p) {
+      for (int64_t i = begin; i < end; ++i) out[i] += parts[p * size + i];
     }
   });
 }

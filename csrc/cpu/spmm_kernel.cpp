@@ -468,9 +468,47 @@ struct Copied {
   int64_t copy_weighted(const Entries<T, I>& e, int64_t from, int64_t to) {
     return a.col_map ? copy_some<kWeights, true>(e, from, to) : copy_some<kWeights, false>(e, from, to);
   }
+  // The same for 16 entries at a time where there are instructions for it, while they fit whatever is skipped; j and k
+  // move on. False: a column is out of range.
+  template <bool kScaled, bool kMapped>
+  MMKD_INLINE bool copy_vectors(const Entries<T, I>& e, int64_t to, int64_t& j, int64_t& k) {
+#if defined(MMKD_ISA_avx512)
+    if constexpr (kSame<Acc<T>, float> && kSame<I, int32_t>) {
+      const auto bound = static_cast<uint32_t>(a.num_cols < INT32_MAX ? a.num_cols : int64_t{INT32_MAX} + 1);
+      const __m512i end = _mm512_set1_epi32(static_cast<int>(bound));
+      for (; j < to && k + 16 <= kBlock; j += 16) {
+        const auto there = static_cast<__mmask16>(to - j < 16 ? (1u << (to - j)) - 1 : 0xffffu);
+        const __m512i c = _mm512_maskz_loadu_epi32(there, e.col + j);
+        if (_mm512_mask_cmpge_epu32_mask(there, c, end)) return false;
+        __m512i at = c;
+        __mmask16 keep = there;
+        if constexpr (kMapped) {
+          at = _mm512_i32gather_epi32(c, a.col_map, 4);
+          keep = _mm512_mask_cmpge_epi32_mask(there, at, _mm512_setzero_si512());
+          if (!keep) continue;
+          at = _mm512_maskz_compress_epi32(keep, at);
+        }
+        __m512 weight = _mm512_set1_ps(1.0f);
+        if constexpr (kScaled) {
+          weight = _mm512_mask_i32gather_ps(weight, keep, c, e.col_scale, 4);
+          if constexpr (kMapped) weight = _mm512_maskz_compress_ps(keep, weight);
+        }
+        _mm512_storeu_si512(col + k, at);
+        _mm512_storeu_ps(w + k, weight);
+        k += __builtin_popcount(keep);
+      }
+      if (j > to) j = to;
+    }
+#endif
+    return true;
+  }
+
   template <Weights kWeights, bool kMapped>
   int64_t copy_some(const Entries<T, I>& e, int64_t from, int64_t to) {
     int64_t j = from, k = n;
+    if constexpr ((kWeights & kValue) == 0) {
+      if (!copy_vectors<kWeights == kScale, kMapped>(e, to, j, k)) return -1;
+    }
     for (; j < to && k < kBlock; ++j) {
       const I c = e.col[j];
       if (static_cast<uint64_t>(c) >= static_cast<uint64_t>(a.num_cols)) return -1;
