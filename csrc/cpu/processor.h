@@ -6,8 +6,9 @@
 
 namespace mmkd {
 
-// Whether gathers also prefetch into the second-level cache. On AMD's Zen such a prefetch leaves the slots of the first
-// level free and products are 1.1 to 1.5 times faster; on Intel's it takes one and they are 1.1 to 1.2 times slower.
+// Whether gathers prefetch rows whole, and into the second-level cache as well. On AMD's Zen such a prefetch leaves the
+// slots of the first level free and products are 1.1 to 1.5 times faster; on Intel's it takes one and they are 1.1 to
+// 1.2 times slower. There the beginning of a row is enough: the processor fetches what lies beside it by itself.
 // MMKD_FAR_PREFETCH (0 or 1) overrides.
 bool prefetches_far();
 

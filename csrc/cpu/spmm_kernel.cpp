@@ -9,6 +9,7 @@ namespace {
 
 constexpr int kNear = 16;                        // non-zeros between a prefetch into the first-level cache and its use,
 constexpr int kFar = 48;                         // and into the second, where rows come from further away
+constexpr int kFirst = 24;                       // the same where only the beginning of a row is prefetched
 constexpr int kBlock = 1024;                     // non-zeros checked, or copied, at a time
 constexpr int kRows = 64;                        // rows copied at a time
 constexpr int64_t kFarBytes = int64_t{4} << 20;  // rows are prefetched twice if they lie in more than this
@@ -26,6 +27,9 @@ struct Entries {
   const Acc<T>* col_scale;  // null: ones
   int64_t n;                // that may be looked at for prefetching; their columns need not be checked yet
 };
+
+// What of a row to come is prefetched: all of it, once or twice; or where it begins, and the processor brings the rest.
+enum Ahead { kNearRows, kFarRows, kBeginnings };
 
 enum Weights { kNone = 0, kValue = 1, kScale = 2, kBoth = 3 };
 
@@ -60,26 +64,28 @@ struct Two<bf16_t> {  // a bfloat16 is the upper half of a float: a shift and a 
 };
 #endif
 
-// The first kBytes of x from row `col` on, into the first-level cache (kLevel 3) or the second (2). The column need not
-// be checked: whatever it is, the address is only looked at.
-template <int kBytes, int kLevel, class T, class I>
+// Every kStep-th byte of the first kBytes of x from row `col` on, into the first-level cache (kLevel 3) or the second
+// (2). The column need not be checked: whatever it is, the address is only looked at.
+template <int kBytes, int kLevel, int kStep = 64, class T, class I>
 MMKD_INLINE void prefetch_at(const T* x, I col, int64_t d) {
   const uint64_t offset = static_cast<uint64_t>(col) * static_cast<uint64_t>(d) * sizeof(T);
   const uintptr_t at = reinterpret_cast<uintptr_t>(x) + offset;
 #pragma GCC unroll 8
-  for (int b = 0; b < kBytes; b += 64) __builtin_prefetch(reinterpret_cast<const char*>(at + b), 0, kLevel);
+  for (int b = 0; b < kBytes; b += kStep) __builtin_prefetch(reinterpret_cast<const char*>(at + b), 0, kLevel);
 }
 
 // s += sum_j w_j * x[col_j] over the entries [from, to), NV vectors wide; s stays in registers.
-template <int NV, Weights kWeights, bool kFarToo, class T, class I>
+template <int NV, Weights kWeights, Ahead kAhead, class T, class I>
 MMKD_INLINE void gather(const Entries<T, I>& e, int64_t from, int64_t to, const T* x, int64_t d,
                         typename Vec<T>::V* s) {
   using W = Vec<T>;
   constexpr int kBytes = NV * W::size * static_cast<int>(sizeof(T));
   for (int64_t j = from; j < to; ++j) {
-    if (j + (kFarToo ? kFar : kNear) < e.n) {
+    if constexpr (kAhead == kBeginnings) {
+      if (j + kFirst < e.n) prefetch_at<kBytes, 3, 256>(x, e.col[j + kFirst], d);
+    } else if (j + (kAhead == kFarRows ? kFar : kNear) < e.n) {
       prefetch_at<kBytes, 3>(x, e.col[j + kNear], d);
-      if constexpr (kFarToo) prefetch_at<kBytes, 2>(x, e.col[j + kFar], d);
+      if constexpr (kAhead == kFarRows) prefetch_at<kBytes, 2>(x, e.col[j + kFar], d);
     }
     const T* p = x + static_cast<int64_t>(e.col[j]) * d;
     const Acc<T> w = weight_of<kWeights>(e, j);
@@ -227,7 +233,7 @@ void narrow_row(const Entries<T, I>& e, const Table<T>& t, const Row& row) {
 }
 
 // Rows [begin, end) of the result; row_at(i) is the RowOut of one.
-template <Weights kWeights, bool kFarToo, class T, class I, class RowAt>
+template <Weights kWeights, Ahead kAhead, class T, class I, class RowAt>
 struct Rows {
   const Entries<T, I> e;
   const Table<T> t;
@@ -242,7 +248,7 @@ struct Rows {
     for (int64_t i = begin; i < end; ++i) {
       const auto row = make(i);
       typename Vec<T>::V s[NV] = {};
-      gather<NV, kWeights, kFarToo>(entries, row.from, row.to, table.x + c0, table.d, s);
+      gather<NV, kWeights, kAhead>(entries, row.from, row.to, table.x + c0, table.d, s);
       finish<NV, T>(row, s, c0, table);
     }
   }
@@ -256,16 +262,16 @@ struct Rows {
   }
 };
 
-template <bool kFarToo, class T, class I, class RowAt>
+template <Ahead kAhead, class T, class I, class RowAt>
 void rows_weighted(const Entries<T, I>& e, const Table<T>& t, int64_t begin, int64_t end, const RowAt& row_at) {
   if (e.value && e.col_scale) {
-    Rows<kBoth, kFarToo, T, I, RowAt>{e, t, begin, end, row_at}.run();
+    Rows<kBoth, kAhead, T, I, RowAt>{e, t, begin, end, row_at}.run();
   } else if (e.value) {
-    Rows<kValue, kFarToo, T, I, RowAt>{e, t, begin, end, row_at}.run();
+    Rows<kValue, kAhead, T, I, RowAt>{e, t, begin, end, row_at}.run();
   } else if (e.col_scale) {
-    Rows<kScale, kFarToo, T, I, RowAt>{e, t, begin, end, row_at}.run();
+    Rows<kScale, kAhead, T, I, RowAt>{e, t, begin, end, row_at}.run();
   } else {
-    Rows<kNone, kFarToo, T, I, RowAt>{e, t, begin, end, row_at}.run();
+    Rows<kNone, kAhead, T, I, RowAt>{e, t, begin, end, row_at}.run();
   }
 }
 
@@ -394,18 +400,25 @@ Entries<T, I> entries_of(const SpmmArgs& a) {
           a.nnz};
 }
 
+template <Ahead kAhead>
+struct Prefetching {
+  static constexpr Ahead ahead = kAhead;
+};
+
 // Rows in order: their entries are read where they lie, a block checked at a time, which brings its columns into the
-// first-level cache. near(begin, end) and far(begin, end) compute rows that reach over little or much of x.
-template <class T, class I, class Near, class Far>
-int64_t rows_in_order(const SpmmArgs& a, int64_t begin, int64_t end, const Near& near, const Far& far) {
+// first-level cache. compute(prefetching, begin, end) computes rows.
+template <class T, class I, class Compute>
+int64_t rows_in_order(const SpmmArgs& a, int64_t begin, int64_t end, const Compute& compute) {
   const int64_t far_rows = kFarBytes / (a.d * static_cast<int64_t>(sizeof(T)) + 1);
   while (begin < end) {
     const Block block = next_block(a.rowptr, static_cast<const I*>(a.col), begin, end, a.nnz, a.num_cols);
     if (block.bad >= 0) return block.bad;
-    if (a.far && block.reach > far_rows) {
-      far(begin, block.end);
+    if (!a.far) {
+      compute(Prefetching<kBeginnings>(), begin, block.end);
+    } else if (block.reach > far_rows) {
+      compute(Prefetching<kFarRows>(), begin, block.end);
     } else {
-      near(begin, block.end);
+      compute(Prefetching<kNearRows>(), begin, block.end);
     }
     begin = block.end;
   }
@@ -418,9 +431,9 @@ int64_t all_rows(const SpmmArgs& a, const Table<T>& t, int64_t begin, int64_t en
   const auto row_at = [make = RowMaker<A, O>(a), rowptr = a.rowptr](int64_t r) {
     return make(r, r, rowptr[r], rowptr[r + 1]);
   };
-  return rows_in_order<T, I>(
-      a, begin, end, [&](int64_t from, int64_t to) { rows_weighted<false>(e, t, from, to, row_at); },
-      [&](int64_t from, int64_t to) { rows_weighted<true>(e, t, from, to, row_at); });
+  return rows_in_order<T, I>(a, begin, end, [&](auto how, int64_t from, int64_t to) {
+    rows_weighted<decltype(how)::ahead>(e, t, from, to, row_at);
+  });
 }
 
 template <class T, class I>
@@ -429,11 +442,9 @@ int64_t all_steps(const SpmmArgs& a, const Table<T>& t, int64_t begin, int64_t e
   const StepSizes<Acc<T>> sizes(*a.adamw);
   const auto row_at = [make = StepMaker<Acc<T>>(*a.adamw, a.add, a.add_map, a.row_scale, a.d, sizes),
                        rowptr = a.rowptr](int64_t r) { return make(r, rowptr[r], rowptr[r + 1]); };
-  using At = decltype(row_at);
-  return rows_in_order<T, I>(
-      a, begin, end,
-      [&](int64_t from, int64_t to) { in_strips<T>(t.d, Rows<kScale, false, T, I, At>{e, t, from, to, row_at}); },
-      [&](int64_t from, int64_t to) { in_strips<T>(t.d, Rows<kScale, true, T, I, At>{e, t, from, to, row_at}); });
+  return rows_in_order<T, I>(a, begin, end, [&](auto how, int64_t from, int64_t to) {
+    in_strips<T>(t.d, Rows<kScale, decltype(how)::ahead, T, I, decltype(row_at)>{e, t, from, to, row_at});
+  });
 }
 
 // Rows of a list, or whose columns are looked up in `col_map`: their non-zeros, without those that are skipped, are
@@ -524,9 +535,9 @@ struct Copied {
   void flush() {
     const auto row_at = [first = row](int64_t i) { return first[i]; };
     if (a.far) {
-      Rows<kValue, true, T, I, decltype(row_at)>{entries(), t, 0, rows, row_at}.run();
+      Rows<kValue, kFarRows, T, I, decltype(row_at)>{entries(), t, 0, rows, row_at}.run();
     } else {
-      Rows<kValue, false, T, I, decltype(row_at)>{entries(), t, 0, rows, row_at}.run();
+      Rows<kValue, kBeginnings, T, I, decltype(row_at)>{entries(), t, 0, rows, row_at}.run();
     }
     rows = n = 0;
   }
@@ -553,9 +564,9 @@ struct Copied {
       const T* x = buffer.t.x + c0;
       in_blocks([&] {
         if (buffer.a.far) {
-          gather<NV, kValue, true>(buffer.entries(), 0, buffer.n, x, buffer.t.d, s);
+          gather<NV, kValue, kFarRows>(buffer.entries(), 0, buffer.n, x, buffer.t.d, s);
         } else {
-          gather<NV, kValue, false>(buffer.entries(), 0, buffer.n, x, buffer.t.d, s);
+          gather<NV, kValue, kBeginnings>(buffer.entries(), 0, buffer.n, x, buffer.t.d, s);
         }
       });
       finish<NV, T>(row, s, c0, buffer.t);

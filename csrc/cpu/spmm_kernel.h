@@ -35,7 +35,8 @@ struct SpmmArgs {
                            // float32, or float64 where x is
   void* out;               // [n, d] if compact, else [num_rows, d]
   bool compact;
-  bool far;     // rows that come from far away are prefetched into the second-level cache as well
+  bool
+      far;  // rows are prefetched whole, those from far away into the second-level cache as well; else their beginnings
   bool stream;  // out is written past the caches; float32, aligned to 64 bytes, d a multiple of 16
   int64_t num_rows, num_cols, nnz, d;
   double alpha;

@@ -15,18 +15,19 @@ from mmkd.models.prompt import Prompt
 from mmkd.models.teacher import Teacher, TeacherOutput, combine, prompt_parts, spread
 
 
+def _state(stacked: Tensor, mixed: Tensor, modalities: int) -> Tensor:
+    inner, wide = mixed.shape
+    product = (stacked @ stacked.T) @ mixed
+    return product.view(inner, modalities, wide // modalities).transpose(0, 1).contiguous()
+
+
 class _State(torch.autograd.Function):
     """``V V^T S^m`` for all modalities, ``[M, e, d]``: two products each way, where autograd's matmul makes ten small calls."""
 
     @staticmethod
-    def forward(stacked: Tensor, mixed: Tensor, modalities: int) -> Tensor:  # V [e, d], S [e, M d]
-        inner, wide = mixed.shape
-        product = (stacked @ stacked.T) @ mixed
-        return product.view(inner, modalities, wide // modalities).transpose(0, 1).contiguous()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        ctx.save_for_backward(*inputs[:2])
+    def forward(ctx, stacked: Tensor, mixed: Tensor, modalities: int) -> Tensor:  # V [e, d], S [e, M d]
+        ctx.save_for_backward(stacked, mixed)
+        return _state(stacked, mixed, modalities)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -103,7 +104,8 @@ class FrozenTeacher(nn.Module):
             return None
         stacked = self.prompt.stacked()
         if self.norm == "mean":
-            return _State.apply(stacked, self.mixed, self.modalities)
+            transformed = torch._C._are_functorch_transforms_active()  # they take no Function of this, quicker, kind
+            return (_state if transformed else _State.apply)(stacked, self.mixed, self.modalities)
         parts = prompt_parts(self.prompt.design, stacked, list(self.mixed), list(self.grams))  # [I, M d]
         return self.content + self.strength * self._everywhere(parts)
 
