@@ -101,8 +101,7 @@ STABLE_TORCH_LIBRARY(mmkd, m) {
   // distill of what frozen_teacher says, with its gradients.
   m.def(
       "distill_frozen(Tensor table, int num_users, Tensor users, Tensor candidates, Tensor nodes, Tensor content, "
-      "Tensor "
-      "design, Tensor ids, Tensor omega, Tensor state, Tensor asked, Tensor listed, int first_item, Tensor "
+      "Tensor design, Tensor ids, Tensor omega, Tensor state, Tensor asked, Tensor listed, int first_item, Tensor "
       "list_weights, "
       "Tensor emb_weights, float bpr, float pair, float list, float emb, float pair_tau, bool bernoulli, float alpha, "
       "float beta, float list_tau, bool coupled, float gamma, bool need_table, bool need_state) -> (Tensor loss, "

@@ -7,6 +7,7 @@ namespace {
 // A teacher's outputs as tensors.
 struct Given {
   static constexpr int64_t samples_at_once = kSamples;
+  static constexpr bool keeps_stats = true;
   const void* targets;
   void* grad_targets;  // null: not wanted
 

@@ -1,6 +1,6 @@
 // distill_frozen on the CPU: the student's losses straight from the constants of a collapsed teacher. A few samples at
 // a time the teacher is asked, the losses are taken and what they want of the teacher goes into the gradient of Z, so
-// that rows are read once and nothing of the teacher's is written to memory.
+// that rows are read once and no row of the teacher's features, or of their gradient, is kept.
 #include "cpu/distill_losses.h"
 #include "cpu/frozen_args.h"
 
@@ -14,10 +14,12 @@ template <class T>
 class Frozen {
  public:
   static constexpr int64_t samples_at_once = kFrozenChunk;
+  static constexpr bool keeps_stats = false;
 
   // args: margin, logits and their gradients are there, null where not wanted. sums: null, or [tasks, M, e, d].
   Frozen(const FrozenArgs& args, T* sums) : args_(args), sums_(sums) {
     const int64_t rows = args.modalities * args.d;
+    static_assert(kSamples <= 3 * kFrozenChunk, "rows of EmbKD take no more scratch than samples: e each, not 3 e");
     heads_ = frozen_scratch(args, kFrozenChunk);
     targets_ = heads_ + 3 * kFrozenChunk * rows;
     grads_ = targets_ + kSamples * rows;
@@ -129,6 +131,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> distill_frozen(
   check_size(listed, "listed", 1, list != 0 ? candidates.size(1) : 0);
   MMKD_CHECK(a.num_targets == (emb != 0 ? nodes.numel() : 0), "asked: expected 3 ids for each of the ", a.batch,
              " users and one for each of the ", emb != 0 ? nodes.numel() : 0, " nodes, got ", asked.numel());
+  MMKD_CHECK(emb == 0 || a.modalities <= kMostTeachers, "content: expected at most ", kMostTeachers,
+             " modalities where EmbKD has a weight, got ", a.modalities);
   Tensor margin = empty({a.batch}, table), logits = empty({a.modalities, a.batch, a.list}, table);
   const OptTensor of_margin(margin), of_logits(logits);
   const Inputs in{table,

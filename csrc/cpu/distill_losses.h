@@ -199,8 +199,8 @@ class PairLossesOf {
 template <class T>
 class EmbLossOf {
  public:
-  // grad_rows: [n, d], or null.
-  EmbLossOf(const Inputs& in, T* grad_rows)
+  // grad_rows: [n, d], or null. keeps_stats: false where whoever takes the losses has room for the stats himself.
+  EmbLossOf(const Inputs& in, T* grad_rows, bool keeps_stats)
       : table_(data<T>(in.table)),
         nodes_(data<int64_t>(in.nodes)),
         num_rows_(in.table.size(0)),
@@ -208,7 +208,7 @@ class EmbLossOf {
         d_(in.table.size(1)),
         in_place_(one_after_another(nodes_, n_, num_rows_)),
         gathered_(in_place_ ? empty({0}, in.table) : empty({n_, d_}, in.table)),
-        stats_(empty({n_, 1 + 2 * in.num_targets}, in.table)) {
+        stats_(empty({keeps_stats ? n_ : 0, 1 + 2 * in.num_targets}, in.table)) {
     args_.dtype = dtype_of(in.table);
     args_.student = in_place_ ? table_ + nodes_[0] * d_ : mutable_data<T>(gathered_);
     args_.weights = in.emb_weights.const_data_ptr();
@@ -273,7 +273,7 @@ inline std::vector<int64_t> joined(const Inputs& in, int64_t batch, int64_t n) {
 
 // The losses of a batch and what is asked for of their gradients. Teacher, the side the student learns from:
 //
-//   samples_at_once                    of a block's kSamples
+//   samples_at_once, keeps_stats       of a block's kSamples; as EmbLossOf has it
 //   tasks(blocks)                      pieces that the blocks of samples, or of rows, go to threads in
 //   begin(task of samples, or of rows) what a thread needs for one; false without memory for it
 //   before(work, begin, end)           samples' margins and logits are wanted; after(...): their gradients are there
@@ -295,7 +295,7 @@ class Distilled {
         pairs_(in, halves_of(in.table, in.num_users), grads, user_rows_),
         sums_{std::vector<double>(num_blocks(batch_)), std::vector<double>(num_blocks(batch_)),
               std::vector<double>(num_blocks(batch_)), std::vector<double>(num_blocks(n_))} {
-    if (in.by.emb != 0) emb_.emplace(in, emb_rows_);
+    if (in.by.emb != 0) emb_.emplace(in, emb_rows_, Teacher::keeps_stats);
   }
 
   // The weighted sum, and its terms.

@@ -485,7 +485,7 @@ struct Copied {
   MMKD_INLINE bool copy_vectors(const Entries<T, I>& e, int64_t to, int64_t& j, int64_t& k) {
 #if defined(MMKD_ISA_avx512)
     if constexpr (kSame<Acc<T>, float> && kSame<I, int32_t>) {
-      const auto bound = static_cast<uint32_t>(a.num_cols < INT32_MAX ? a.num_cols : int64_t{INT32_MAX} + 1);
+      const auto bound = static_cast<uint32_t>(a.num_cols <= INT32_MAX ? a.num_cols : int64_t{INT32_MAX} + 1);
       const __m512i end = _mm512_set1_epi32(static_cast<int>(bound));
       for (; j < to && k + 16 <= kBlock; j += 16) {
         const auto there = static_cast<__mmask16>(to - j < 16 ? (1u << (to - j)) - 1 : 0xffffu);

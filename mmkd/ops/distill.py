@@ -231,6 +231,8 @@ def _targets(t: Tensor, nodes: Tensor, table: Tensor) -> Tensor:
 
 def modality_weights(t: Tensor | None, name: str, count: int, table: Tensor, otherwise: float) -> Tensor:
     """`[count]` in the accumulator type; `otherwise` where none are given."""
+    if t is not None:
+        check_floating(t, name)
     check_no_grad(t, name)
     acc = accumulate_type(table.dtype)
     if t is None or not count:

@@ -1,4 +1,4 @@
-"""The student's whole loss straight from the constants of a collapsed teacher: its outputs are never stored."""
+"""The student's whole loss straight from the constants of a collapsed teacher, whose features are never stored."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def distill_frozen_loss(
         distill_loss(table, ..., *frozen_teacher(content, ..., state, ...))
 
     in one pass over the batch. A few samples at a time the teacher is asked, the losses are taken, and what they want of
-    the teacher goes into the gradient of `state`, while the rows are in a core's cache: they are read once, and neither the
-    teacher's outputs nor their gradients are stored. Differentiable in `table` and `state`.
+    the teacher goes into the gradient of `state`, while the rows are in a core's cache: they are read once, and no row of the
+    teacher's features or of their gradients is stored, only margins and logits. Differentiable in `table` and `state`.
 
     Args:
         table, num_users, users, candidates, nodes: the student's, as in :func:`distill_loss`; nodes may be None where
@@ -45,7 +45,7 @@ def distill_frozen_loss(
         weights, pair_tau, pair_kind, alpha, beta, list_tau, list_weight, gamma, list_modalities, emb_modalities: as in
             :func:`distill_loss`.
         impl: `auto`, `reference` or `cpp` (one dtype for all, float32 or float64, at most 16 modalities in EmbKD). Off the CPU,
-            and where the table's dtype is not the constants', `auto` is the two ops.
+            and for a table of another dtype than the constants, `auto` is the two ops.
 
     Returns:
         The loss, a scalar, and `[4]`, BPR, PairKD, ListKD and EmbKD, unweighted, without gradient, 0 where the weight is 0.
@@ -55,11 +55,15 @@ def distill_frozen_loss(
         of range; a second derivative (of `impl="cpp"`).
     """
     check_batch(table, num_users, users, candidates)
-    check_frozen(content, design, ids, omega, state, asked, "asked", listed, "listed")
+    check_frozen(content, design, ids, omega, state, asked, "asked", listed, "listed", first_item)
     by = checked_weights(weights)
     settings = checked_settings(pair_tau, pair_kind, alpha, beta, list_tau, list_weight, gamma)
-    nodes = _checked_nodes(nodes, by, users, candidates, asked, listed)
-    check_same_device(("table", table), ("nodes", nodes), ("content", content))
+    nodes = _checked_nodes(nodes, by, users)
+    check_shape(asked, "asked", (3 * len(users) + len(nodes),))
+    check_shape(listed, "listed", tuple(candidates.shape))
+    check_shape(table, "table", (len(table), content.shape[2]))
+    index = ("users", users), ("candidates", candidates), ("nodes", nodes)
+    check_same_device(("table", table), *index, ("content", content))
     if not by[2]:
         candidates, listed = candidates[:, :2], listed[:, :0]
     student = table, num_users, users, candidates, nodes
@@ -78,13 +82,11 @@ def distill_frozen_loss(
     return _fused(which, student, teacher, by, settings, modalities)
 
 
-def _checked_nodes(nodes, by, users, candidates, asked, listed) -> Tensor:
+def _checked_nodes(nodes: Tensor | None, by, users: Tensor) -> Tensor:
     if by[3] and nodes is None:
         raise ValueError("nodes: expected a tensor, got None; without one, weights[3] is to be 0")
     nodes = nodes if by[3] else users.new_empty(0)
     check_index(nodes, "nodes")
-    check_shape(listed, "listed", tuple(candidates.shape))
-    check_shape(asked, "asked", (3 * len(users) + len(nodes),))
     return nodes
 
 
@@ -105,10 +107,11 @@ def composed(student, teacher, by, settings, list_modalities, emb_modalities) ->
     table, num_users, users, candidates, nodes = student
     margin, logits, targets = frozen_teacher(*teacher)
     names = "pair_tau", "pair_kind", "alpha", "beta", "list_tau", "list_weight", "gamma"
-    return distill_loss(
+    loss, terms = distill_loss(
         table, num_users, users, candidates, margin, logits, nodes, targets.to(table.dtype), weights=by,
         list_modalities=list_modalities, emb_modalities=emb_modalities, **dict(zip(names, settings, strict=True)),
     )  # fmt: skip
+    return loss + teacher[4][:0].sum(dtype=loss.dtype), terms  # of the state too, where nothing is asked of it
 
 
 @on_register

@@ -46,7 +46,7 @@ def frozen_teacher(
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype or device (named). RuntimeError: an id out of range.
     """
-    check_frozen(content, design, ids, omega, state, nodes, "nodes", candidates, "candidates")
+    check_frozen(content, design, ids, omega, state, nodes, "nodes", candidates, "candidates", first_item)
     if impl == "auto" and content.device.type != "cpu":
         return composed(content, design, ids, omega, state, nodes, candidates, first_item)
     which = backends.resolve("frozen_teacher", content, impl)
@@ -58,11 +58,12 @@ def frozen_teacher(
 
 def check_frozen(
     content: Tensor, design: Tensor, ids: Tensor, omega: Tensor, state: Tensor, nodes: Tensor, nodes_name: str,
-    candidates: Tensor, list_name: str,
+    candidates: Tensor, list_name: str, first_item: int,
 ) -> None:  # fmt: skip
     """The constants of a collapsed teacher, and what it is asked for."""
     check_floating(content, "content")
     check_rank(content, "content", 3)
+    check_floating(state, "state", content.dtype)
     check_rank(state, "state", 3)
     (count, num_nodes, d), inner = content.shape, state.shape[1]
     shapes = {
@@ -75,6 +76,10 @@ def check_frozen(
         check_shape(t, name, shape)
         if name != "state":
             check_no_grad(t, name)
+    if isinstance(first_item, bool) or not hasattr(first_item, "__index__"):
+        raise TypeError(f"first_item: expected an int, got {type(first_item).__name__}")
+    if not 0 <= first_item <= num_nodes:
+        raise ValueError(f"first_item: expected 0 to {num_nodes}, the nodes of content, got {first_item}")
     check_index(nodes, nodes_name)
     check_index(candidates, list_name, rank=2)
     if len(nodes) < 3 * len(candidates):

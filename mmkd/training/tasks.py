@@ -136,7 +136,7 @@ class StudentBatch:
     asked: Tensor
 
     def to(self, device: torch.device) -> StudentBatch:
-        """The same batch on `device`."""
+        """The same batch, made on the CPU, on `device`."""
         if device.type == "cpu":  # Tensor.to lets other threads run first, also where there is nothing to do
             return self
         return StudentBatch(self.nodes.to(device), self.candidates.to(device), self.asked.to(device))

@@ -151,7 +151,7 @@ def test_errors_name_the_argument():
         (5, nodes.clone().fill_(USERS + ITEMS), RuntimeError, "nodes: entry 0 is 53, expected"),
         (6, candidates - ITEMS, RuntimeError, "candidates: entry 0 is -"),
         (6, candidates[0], ValueError, "candidates: expected 2 dimension"),
-        (7, USERS + ITEMS + 1, RuntimeError, "first_item: expected"),
+        (7, USERS + ITEMS + 1, ValueError, "first_item: expected"),
     ]
     for index, value, kind, message in cases:
         with pytest.raises(kind, match=message):

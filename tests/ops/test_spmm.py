@@ -118,7 +118,8 @@ def test_rows_equal_full_and_isolated_nodes_keep_their_share():
 # has no gradient is left out, or does not.
 @pytest.mark.parametrize("share", [0.002, 0.3, 1.0])
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
-def test_rows_of_a_graph_with_a_hub(num_layers, share, cpu_isa):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_rows_of_a_graph_with_a_hub(num_layers, share, dtype, cpu_isa):
     count = 1500
     users = np.arange(count)
     g = BipartiteGraph.from_edges(np.r_[users, users], np.r_[np.zeros(count, int), 1 + users % 50], count, 51)
@@ -127,15 +128,37 @@ def test_rows_of_a_graph_with_a_hub(num_layers, share, cpu_isa):
         [rows, torch.tensor([count + 5])] if share < 1 else [rows, torch.arange(count, g.num_nodes), rows[:7]]
     )
     for d in (7, 64, 70):
-        x, w = torch.randn(g.num_nodes, d, dtype=torch.float64), torch.randn(len(rows), d, dtype=torch.float64)
+        x, w = torch.randn(g.num_nodes, d, dtype=dtype), torch.randn(len(rows), d, dtype=dtype)
+        close = {"atol": 1e-12, "rtol": 0} if dtype == torch.float64 else {"atol": 1e-5, "rtol": 1e-5}
         for order in (rows, rows.unique()):
             a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
             ours = ops.propagate(g, a, num_layers, order)
             truth = ops.propagate(g, b, num_layers, order, impl="reference")
-            torch.testing.assert_close(ours, truth, atol=1e-12, rtol=0)
+            torch.testing.assert_close(ours, truth, **close)
             ours.backward(w[: len(order)])
             truth.backward(w[: len(order)])
-            torch.testing.assert_close(a.grad, b.grad, atol=1e-12, rtol=0)
+            torch.testing.assert_close(a.grad, b.grad, **close)
+
+
+@pytest.mark.parametrize("col_type", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("bad", [-1, 40, 2**31 - 1, -(2**31)])
+def test_a_bad_column_of_a_listed_row_is_named(bad, col_type, cpu_isa):
+    """Wherever among the entries copied together it lies, forward from the rows and back from them."""
+    kernels, degree = torch.ops.mmkd, 35
+    rowptr, scale, x = torch.arange(41) * degree, torch.ones(40), torch.randn(40, 16)
+    rows = torch.arange(0, 40, 3)
+    ways = [
+        lambda col: kernels.propagate(rowptr, col, scale, x, 1, rows, None),
+        lambda col: kernels.propagate_backward(rowptr, col, scale, x[rows], 1, rows, None),
+        lambda col: kernels.propagate_mixed(rowptr, col, scale, x, 1, rows),
+    ]
+    for at in (0, 15, 16, 33, 34):
+        col = torch.randint(0, 40, (40 * degree,), dtype=col_type)
+        entry = 6 * degree + at  # of a listed row
+        col[entry] = bad
+        for way in ways:
+            with pytest.raises(RuntimeError, match=rf"entry {entry} \(row 6\) is {bad}"):
+                way(col)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
