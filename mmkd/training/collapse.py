@@ -16,13 +16,14 @@ from mmkd.models.teacher import Teacher, TeacherOutput, combine, prompt_parts, s
 
 
 def _state(stacked: Tensor, mixed: Tensor, modalities: int) -> Tensor:
+    """``V V^T S^m`` from ``V [e, d]`` and the ``S^m`` side by side, ``[e, M d]``; ``[M, e, d]``."""
     inner, wide = mixed.shape
     product = (stacked @ stacked.T) @ mixed
     return product.view(inner, modalities, wide // modalities).transpose(0, 1).contiguous()
 
 
 class _State(torch.autograd.Function):
-    """``V V^T S^m`` for all modalities, ``[M, e, d]``: two products each way, where autograd's matmul makes ten small calls."""
+    """:func:`_state` in two products each way, where autograd's matmul makes ten small calls."""
 
     @staticmethod
     def forward(ctx, stacked: Tensor, mixed: Tensor, modalities: int) -> Tensor:  # V [e, d], S [e, M d]

@@ -35,6 +35,13 @@ def compare(loss: Callable[..., Tensor], leaves: list[Tensor], dtype: torch.dtyp
     within_budget(ours[0], eager[0], truth[0], torch.float64 if dtype == torch.float64 else torch.float32)
 
 
+def gradchecks(losses: list[Callable[..., Tensor]], leaves: list[Tensor]) -> None:
+    """Every gradient of the kernels against differences of the loss, float64."""
+    own = [t.detach().clone().requires_grad_() for t in leaves]
+    for loss in losses:
+        assert torch.autograd.gradcheck(lambda *given, loss=loss: loss(*given, impl="cpp"), own)
+
+
 def each_alone(loss: Callable[..., Tensor], leaves: list[Tensor]) -> None:
     """Each gradient asked for by itself equals the one computed with all the others."""
     together = [t.detach().clone().requires_grad_() for t in leaves]

@@ -10,7 +10,7 @@ import torch
 
 from mmkd import ops
 from tests.ops.grid import DIMS
-from tests.ops.losses import bit_equal_for_threads, compare, each_alone
+from tests.ops.losses import bit_equal_for_threads, compare, each_alone, gradchecks
 
 FLOATS = (torch.float64, torch.float32)
 USERS, ITEMS = 13, 17
@@ -127,10 +127,7 @@ def test_each_part_alone_needs_only_its_own(only, impl):
 
 def test_gradcheck():
     case = Case(torch.float64, d=5, batch=4, k=3, num_nodes=4)
-    leaves = [t.requires_grad_() for t in case.leaves]
-    for settings in SETTINGS:
-        loss = case.loss(**settings)
-        assert torch.autograd.gradcheck(lambda *own, loss=loss: loss(*own, "cpp"), leaves)
+    gradchecks([case.loss(**settings) for settings in SETTINGS], case.leaves)
 
 
 @pytest.mark.parametrize("every", [False, True])
