@@ -126,7 +126,8 @@ def teacher_step(name: str, device: str = "cpu") -> Pair:
         def loss(epoch: int, step: int) -> Tensor:
             batch = task.sampler.batch(epoch, step)
             candidates = torch.from_numpy(np.concatenate([batch.pos[:, None], batch.neg], 1)).to(device)
-            mask = task._mask(epoch, step)
+            drawn = task._mask(epoch, step)
+            mask = None if drawn is None else task.mask_of(drawn.to(torch.device(device)))
             masks = None if mask is None else list(mask.split(DIM, 1))
             return teacher_loss(twin, torch.from_numpy(batch.users).to(device), candidates, masks, c)
 

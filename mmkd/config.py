@@ -197,6 +197,9 @@ class Config(_Section):
         None,
         description="bf16: what training's propagation gathers is rounded, on a GPU what the losses take too; empty: float32",
     )
+    cuda_graphs: bool = Field(
+        True, description="on a GPU, steps are recorded once and played back; not while they are profiled"
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads; empty: torch's own choice")
     prompt: PromptConfig = Field(default_factory=PromptConfig, description="prompt module")
     teacher: TeacherConfig = Field(default_factory=TeacherConfig, description="first stage")

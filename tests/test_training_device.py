@@ -19,6 +19,7 @@ from mmkd.models.prompt import Prompt
 from mmkd.models.teacher import Teacher
 from mmkd.training.baseline_task import BaselineTask
 from mmkd.training.collapse import FrozenTeacher
+from mmkd.training.recorded import RandomBytes
 from mmkd.training.tasks import LightGCNTask, StudentTask, TeacherTask
 from mmkd.training.trainer import pick_device
 
@@ -101,6 +102,7 @@ def test_every_step_keeps_to_the_gpu(dataset, amp, norm, monkeypatch):
         task.graph = elsewhere  # batches are what they are for a graph there
         batches[task.name] = task._batch(0, 0)
     monkeypatch.setattr(backends, "resolve", lambda op, x, impl="auto": "cuda")
+    monkeypatch.setattr(RandomBytes, "fill", lambda self, out: out.fill_(0))  # no generator is of a device that is none
     with FakeTensorMode(allow_non_fake_inputs=True):
         there = graph.to(GPU)
         for task in real:

@@ -176,6 +176,13 @@ Tensor identity_layers(const Tensor& x, const OptTensor& rows, const Device& dev
   return out;
 }
 
+// Whether some rows' neighbours are few enough for the layer before the last to leave the other rows out: finding them
+// costs a pass over entries, and what is left runs at a lower rate than all rows do. Neighbours drawn evenly would be
+// 1 - exp(-n nnz / N^2) of the nodes.
+bool few_neighbours(const Csr& m, int64_t n) {
+  return static_cast<double>(n) * static_cast<double>(m.nnz) < static_cast<double>(m.n) * static_cast<double>(m.n);
+}
+
 // Horner's form: h <- x + Â h, num_layers times, then / (num_layers + 1).
 Tensor propagate(Tensor rowptr, Tensor col, Tensor scale, Tensor x, int64_t num_layers, OptTensor rows,
                  OptTensor plan) {
@@ -190,22 +197,22 @@ Tensor propagate(Tensor rowptr, Tensor col, Tensor scale, Tensor x, int64_t num_
 
   const int64_t d = x.size(1);
   const Planned all = rows && num_layers == 1 ? Planned{m, 0, rowptr, rowptr} : plan_all(m, plan, rowptr, device);
+  const Planned asked = rows ? plan_rows(m, *rows, device) : all;
   Tensor h = x;
   for (int64_t l = 1; l < num_layers + 1; ++l) {
     const bool last = l == num_layers, restricted = rows && last;
-    const Planned p = restricted ? plan_rows(m, *rows, device) : all;
+    const Planned& p = restricted ? asked : all;
     SpmmArgs a = args_of(p, x);
     a.row_scale = a.col_scale = s;
     a.add = x.const_data_ptr();
     a.alpha = last ? 1.0 / static_cast<double>(num_layers + 1) : 1.0;
     a.compact = restricted;
     Tensor needed = rowptr;
-    if (rows && l == num_layers - 1) {  // the other rows of `out` stay unwritten, and count for nothing
-      Csr asked = m;
-      asked.rows = data<int64_t>(*rows);
-      asked.n = rows->numel();
+    if (rows && l == num_layers - 1 && few_neighbours(m, rows->numel())) {
+      // the other rows of `out` stay unwritten, and count for nothing
       needed = zeros({m.n}, x, ScalarType::Byte);
-      mark(asked, false, true, mutable_data<uint8_t>(needed), device.stream());
+      mark_neighbours(asked.m, data<int64_t>(asked.cut), asked.segments, mutable_data<uint8_t>(needed),
+                      device.stream());
       a.needed = data<uint8_t>(needed);
     }
     Tensor out = empty({restricted ? p.m.n : m.n, d}, x);
@@ -230,10 +237,7 @@ Tensor propagate_backward(Tensor rowptr, Tensor col, Tensor scale, Tensor grad, 
   const Tensor wide = cast(grad, acc);
   Tensor start = zeros({m.n, d}, wide, acc), asked = zeros({m.n}, wide, ScalarType::Byte);
   add_rows(wide, *rows, start, device);
-  Csr chosen = m;
-  chosen.rows = data<int64_t>(*rows);
-  chosen.n = rows->numel();
-  mark(chosen, true, false, mutable_data<uint8_t>(asked), device.stream());
+  mark_rows(data<int64_t>(*rows), rows->numel(), m.n, mutable_data<uint8_t>(asked), device.stream());
 
   // Â is symmetric, so this is Horner's form again, from a start that is zero outside `rows`.
   const Planned all = plan_all(m, plan, rowptr, device);

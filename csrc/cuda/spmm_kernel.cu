@@ -302,14 +302,25 @@ __global__ void lengths_kernel(const int64_t* rowptr, const int64_t* rows, int64
   degrees[i] = i ? rowptr[r + 1] - rowptr[r] : 0;
 }
 
-// A warp per row. All writers write the same, so their order does not matter.
-__global__ void mark_kernel(Csr m, bool own, bool neighbours, uint8_t* flags) {
-  const int64_t i = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kWarp;
-  if (i >= m.n) return;
-  const int64_t row = row_of(m, i);
-  if (own && threadIdx.x % kWarp == 0) flags[row] = 1;
-  if (!neighbours) return;
-  for (int64_t j = m.rowptr[row] + threadIdx.x % kWarp; j < m.rowptr[row + 1]; j += kWarp) flags[column(m, j)] = 1;
+// All writers of a flag write the same, so their order does not matter.
+__global__ void mark_rows_kernel(const int64_t* rows, int64_t n, int64_t num_rows, uint8_t* flags) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i < n) flags[checked(rows[i], num_rows)] = 1;
+}
+
+// A warp per segment of the rows' plan: a row of thousands of entries would keep one warp for longer than a product
+// takes.
+__global__ void mark_neighbours_kernel(Csr m, const int64_t* cut, int64_t segments, uint8_t* flags) {
+  const int64_t s = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kWarp;
+  if (s >= segments) return;
+  const int64_t end_i = cut[2 * s + 2], end_j = cut[2 * s + 3];
+  int64_t j = cut[2 * s + 1];
+  for (int64_t i = cut[2 * s]; i <= end_i && i < m.n; ++i) {
+    const int64_t stop = i < end_i ? m.offsets[i + 1] : end_j, base = m.rowptr[row_of(m, i)] - m.offsets[i];
+    checked(stop + base, m.nnz + 1);
+    for (int64_t e = j + threadIdx.x % kWarp; e < stop; e += kWarp) flags[column(m, base + e)] = 1;
+    j = stop;
+  }
 }
 
 template <class I>
@@ -373,8 +384,14 @@ void row_lengths(const int64_t* rowptr, const int64_t* rows, int64_t n, int64_t 
          degrees);
 }
 
-void mark(const Csr& m, bool own, bool neighbours, uint8_t* flags, void* stream) {
-  launch("mark", mark_kernel, Grid{ceil_div(m.n * kWarp, kBlock), kBlock, stream}, m, own, neighbours, flags);
+void mark_rows(const int64_t* rows, int64_t n, int64_t num_rows, uint8_t* flags, void* stream) {
+  launch("mark rows", mark_rows_kernel, Grid{ceil_div(n, kBlock), kBlock, stream}, rows, n, num_rows, flags);
+}
+
+void mark_neighbours(const Csr& m, const int64_t* cut, int64_t segments, uint8_t* flags, void* stream) {
+  if (m.n == 0) return;  // then there is no plan either
+  launch("mark neighbours", mark_neighbours_kernel, Grid{ceil_div(segments * kWarp, kBlock), kBlock, stream}, m, cut,
+         segments, flags);
 }
 
 void transpose(const Csr& m, const void* sorted, const int64_t* perm, int64_t* t_rowptr, void* t_col, void* stream) {

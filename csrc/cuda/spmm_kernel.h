@@ -64,8 +64,10 @@ void sddmm(const SddmmArgs& a, void* stream);
 // degrees[0] = 0, degrees[i + 1] = entries of row rows[i].
 void row_lengths(const int64_t* rowptr, const int64_t* rows, int64_t n, int64_t num_rows, int64_t* degrees,
                  void* stream);
-// flags[rows[i]] = 1 if `own`; flags[c] = 1 for every c in the rows' entries if `neighbours`.
-void mark(const Csr& m, bool own, bool neighbours, uint8_t* flags, void* stream);
+// flags[rows[i]] = 1.
+void mark_rows(const int64_t* rows, int64_t n, int64_t num_rows, uint8_t* flags, void* stream);
+// flags[c] = 1 for every c in the entries of m's rows. cut: make_plan's for m.
+void mark_neighbours(const Csr& m, const int64_t* cut, int64_t segments, uint8_t* flags, void* stream);
 
 // From the entries sorted by column (stable; perm: where each came from): rowptr, col of the transposed matrix.
 // sorted: [nnz] of col's type.

@@ -97,8 +97,10 @@ def composed(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The same from library products and list scores over the constants: any device, no candidate's row of `F` either."""
     count = len(candidates)
-    rows = design.index_select(0, nodes).expand(len(content), -1, -1)
-    heads = torch.baddbmm(content.index_select(1, nodes), rows, state)  # [M, 3B + n, d]
+    # One product over all modalities: its gradient sums over thousands of nodes, which a GPU's library cuts up for a single
+    # product and not for a batch of them.
+    side_by_side = design.index_select(0, nodes) @ state.transpose(0, 1).flatten(1)  # [3B + n, M d]
+    heads = content.index_select(1, nodes) + side_by_side.unflatten(1, (len(content), -1)).transpose(0, 1)
     own = torch.arange(count, device=content.device)
     through = torch.bmm(heads[:, :count], state.mT)  # F_u Z^T, [M, B, e]
     logits = [

@@ -90,15 +90,14 @@ def _fitting(tensors: dict[str, Tensor], key: str, like: Tensor, path: Path) -> 
 
 
 def _slots(tensors: dict[str, Tensor], name: str, parameter: Tensor, path: Path) -> dict[str, Tensor]:
-    """One parameter's optimizer state: `step`, a float scalar on the CPU, and moments shaped like the parameter."""
+    """One parameter's optimizer state: `step`, a float scalar, and moments shaped like the parameter; all on its device, as
+    torch's fused AdamW has them."""
     prefix = f"optimizer.{name}."
     keys = [key for key in tensors if key.startswith(prefix)]
     scalar = torch.empty(())
     return {
-        key.removeprefix(prefix): (
-            _fitting(tensors, key, scalar, path).clone()
-            if key == prefix + "step"
-            else _fitting(tensors, key, parameter, path).to(parameter.device).clone()
-        )
+        key.removeprefix(prefix): _fitting(tensors, key, scalar if key == prefix + "step" else parameter, path)
+        .to(parameter.device)
+        .clone()
         for key in keys
     }

@@ -55,7 +55,7 @@ def graph_bytes(graph: BipartiteGraph) -> int:
 
 
 class Clocked:
-    """A task that notes when each step begins; everything else is the task's own."""
+    """A task that notes when each step begins, made or played back; everything else is the task's own."""
 
     def __init__(self, task: Task) -> None:
         self.task, self.starts = task, []
@@ -66,6 +66,16 @@ class Clocked:
     def step(self, epoch: int, step: int) -> dict[str, Tensor]:
         self.starts.append(time.perf_counter())
         return self.task.step(epoch, step)
+
+    def batch(self, epoch: int, step: int) -> Any:
+        self.starts.append(time.perf_counter())
+        return self.task.batch(epoch, step)
+
+    def gradients(self, batch: Any) -> dict[str, Tensor]:
+        return self.task.gradients(batch)
+
+    def recordable(self, batch: Any) -> bool:
+        return self.task.recordable(batch)
 
     def seconds_per_step(self) -> float:
         """Median time from one step's start to the next one's (step, optimizer, loop), the first few left out."""

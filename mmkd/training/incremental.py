@@ -35,7 +35,9 @@ from mmkd.training.trainer import RunResult, pick_device, save_student
 log = logging.getLogger("mmkd")
 
 FRESH = 1  # second counter word of the draws that replace positives (mmkd.data.sampling uses 0 and >= 2^31)
-MAY_CHANGE = ("log", "profile", "update", "evaluation", "seed", "device", "threads", "progress", "checkpoint_every")
+MAY_CHANGE = (
+    "log", "profile", "update", "evaluation", "seed", "device", "cuda_graphs", "threads", "progress", "checkpoint_every",
+)  # fmt: skip
 
 
 def update(

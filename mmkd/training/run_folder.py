@@ -27,7 +27,7 @@ from mmkd.training.loggers import Logger, Loggers
 # Parts of the package that change no number of a run.
 NOT_TRAINING = ("cli", "experiments", "kernels", "serving")
 # Settings that may differ between a run and its resumption without changing a single number.
-FREE_SETTINGS = ("progress", "threads", "device", "log", "profile", "teacher.feature_memory")
+FREE_SETTINGS = ("progress", "threads", "device", "cuda_graphs", "log", "profile", "teacher.feature_memory")
 
 
 class RunError(ValueError):

@@ -32,6 +32,7 @@ from mmkd.training.finite import first_bad, origin
 from mmkd.training.optim import Propagated
 from mmkd.training.profile import StepProfiler
 from mmkd.training.ranking import NO_SHARED_ITEMS, SharedItems
+from mmkd.training.recorded import Steps, steps_of
 from mmkd.training.run_folder import RunFolder
 from mmkd.training.stop import Stop, StoppedAtStep
 
@@ -39,6 +40,8 @@ from mmkd.training.stop import Stop, StoppedAtStep
 _START = {
     "epoch": 0, "step": 0, "best_epoch": 0, "best_metric": None, "bad": 0, "seconds": 0.0, "finished": False,
 }  # fmt: skip
+
+SIZE = 1024  # users and items of a padded batch come in multiples of this
 
 T = TypeVar("T")
 
@@ -80,6 +83,31 @@ class NodeBatch:
     @property
     def neg(self) -> Tensor:
         return self.candidates[:, 1]
+
+    def padded(self, num_users: int, num_items: int, multiple: int = SIZE) -> NodeBatch:
+        """The same batch with `rows` and `touched` filled up by nodes that no loss looks at and no weight counts: few sizes
+        where there was one a step. `rows` no longer ascend.
+
+        Args:
+            num_users, num_items: of the graph; users are filled up with users, items with items.
+            multiple: of users, of items and of `touched` that there then are.
+        """
+        users, items = -self.num_users % multiple, (self.num_users - len(self.rows)) % multiple
+        more = -len(self.touched) % multiple
+        if not num_users or not num_items:
+            return self
+
+        def filled(t: Tensor, of_users: Tensor, of_items: Tensor) -> Tensor:
+            return torch.cat([t[: self.num_users], of_users, t[self.num_users :], of_items])
+
+        others = torch.arange(users) % num_users, num_users + torch.arange(items) % num_items
+        none = self.all_counts.new_zeros(users), self.all_counts.new_zeros(items)
+        return NodeBatch(
+            filled(self.rows, *others), self.num_users + users, self.users, self.candidates,
+            self.extra + users * (self.extra >= self.num_users), self.shared, self.owned,
+            torch.cat([self.touched, torch.arange(more) % (num_users + num_items)]),
+            torch.cat([self.counts, self.counts.new_zeros(more)]), filled(self.all_counts, *none),
+        )  # fmt: skip
 
     def split(self, table: Tensor) -> tuple[Tensor, Tensor]:
         """A table `[n, w]` of `rows` as its users and its items."""
@@ -191,13 +219,18 @@ class StageResult:
     history: list[dict] = field(default_factory=list)
 
 
-def seeded(seed: int, epoch: int, step: int, tag: int = 0) -> torch.Generator:
-    """A generator that depends on the place in the run only, so that a resumed run draws the same numbers."""
+def mixed_seed(seed: int, epoch: int, step: int, tag: int = 0) -> int:
+    """A seed that depends on the place in the run only, so that a resumed run draws the same numbers."""
     mixed = seed
     for word in (tag, epoch, step):
         mixed = ((mixed ^ (word + 0x9E3779B97F4A7C15)) * 0xBF58476D1CE4E5B9) & (2**63 - 1)
         mixed ^= mixed >> 29
-    return torch.Generator().manual_seed(mixed)
+    return mixed
+
+
+def seeded(seed: int, epoch: int, step: int, tag: int = 0) -> torch.Generator:
+    """A generator of :func:`mixed_seed`."""
+    return torch.Generator().manual_seed(mixed_seed(seed, epoch, step, tag))
 
 
 class Stage:
@@ -236,7 +269,9 @@ class Stage:
             if not state["finished"]:
                 if best:
                     self.best.keep(best.items())
-                self._epochs(optimizer, state, sums)
+                steps = steps_of(self.task, optimizer, self.config.cuda_graphs and not self.config.profile)
+                self._epochs(steps, state, sums)
+                del steps  # and the memory of its recordings
                 self._save(optimizer, state)
                 best = self.best.tensors()
                 self.best.close()
@@ -288,7 +323,7 @@ class Stage:
             tensors |= {f"epoch.{key}": value for key, value in self.task.epoch_tensors().items()}
         save_checkpoint(self.path, tensors, state)
 
-    def _epochs(self, optimizer, state: dict, sums: dict[str, Tensor]) -> None:
+    def _epochs(self, steps: Steps, state: dict, sums: dict[str, Tensor]) -> None:
         settings = self.settings
         if self.validate and state["epoch"] == 0 and state["step"] == 0:
             self._look(state)  # where the stage starts from (a student: its teacher) is a candidate too
@@ -298,41 +333,40 @@ class Stage:
             while state["epoch"] < settings.epochs and state["bad"] < settings.patience:
                 start = time.perf_counter()
                 try:
-                    losses = self._epoch(optimizer, state, sums, bar)
+                    losses = self._epoch(steps, state, sums, bar)
                 except StoppedAtStep:
                     state["seconds"] += time.perf_counter() - start
-                    self._save(optimizer, state, sums)
+                    self._save(steps.optimizer, state, sums)
                     raise
                 sums = {}
                 state.update(epoch=state["epoch"] + 1, step=0)
                 line = {"stage": self.task.name, "epoch": state["epoch"], **losses}
                 last = state["epoch"] == settings.epochs
                 if self.validate and (state["epoch"] % settings.eval_every == 0 or last):
-                    optimizer.zero_grad(set_to_none=True)  # a look needs the memory, and the next step makes new ones
+                    steps.optimizer.zero_grad(set_to_none=True)  # a look needs the memory, and the next step makes new ones
                     line |= self._look(state)
                 state["seconds"] += time.perf_counter() - start
                 self.folder.log(**line, seconds=round(state["seconds"], 3))
                 metric = "" if state["best_metric"] is None else f"{state['best_metric']:.4f}"
                 bar.set_postfix_str(f"loss {losses['loss']:.4f}, best {self.config.evaluation.metric} {metric}")
                 if state["epoch"] % self.config.checkpoint_every == 0:
-                    self._save(optimizer, state)
+                    self._save(steps.optimizer, state)
         if not self.validate or self.config.evaluation.select == "last" or not self.best:
             self._keep()
             state["best_epoch"] = state["epoch"]
         state["finished"] = True
 
-    def _epoch(self, optimizer, state: dict, sums: dict[str, Tensor], bar) -> dict[str, float]:
+    def _epoch(self, steps: Steps, state: dict, sums: dict[str, Tensor], bar) -> dict[str, float]:
         epoch, unseen = state["epoch"], []
         with self._profiler() as profiler:
             for step in range(state["step"], self.steps):
-                optimizer.zero_grad(set_to_none=True)
-                terms = self.task.step(epoch, step)
+                terms = steps.gradients(epoch, step)
                 unseen.append((step, terms))
                 last = step == self.steps - 1 or self.stop.requested
                 if len(unseen) == self.look_every or last:
-                    self._check_finite(epoch, unseen, optimizer)
+                    self._check_finite(epoch, unseen, steps.optimizer)
                     unseen = []
-                optimizer.step()
+                steps.update()
                 for name, value in terms.items():
                     sums[name] = sums[name] + value if name in sums else value.clone()
                 state["step"] = step + 1

@@ -18,7 +18,13 @@ from mmkd.models.teacher import Teacher
 from mmkd.training.collapse import FrozenTeacher
 from mmkd.training.optim import PropagatedAdamW
 from mmkd.training.ranking import SharedNegatives, ranking_loss
-from mmkd.training.stage import Ahead, NodeBatch, add_l2, batches, node_batch, seeded, to_tensors
+from mmkd.training.recorded import RandomBytes
+from mmkd.training.stage import Ahead, NodeBatch, add_l2, batches, mixed_seed, node_batch, seeded, to_tensors
+
+
+def _sized(batch: NodeBatch, graph: BipartiteGraph) -> NodeBatch:
+    """On a GPU batches come in few sizes, so that their steps can be recorded."""
+    return batch if graph.device.type == "cpu" else batch.padded(graph.num_users, graph.num_items)
 
 
 class LightGCNTask:
@@ -35,13 +41,19 @@ class LightGCNTask:
 
     def _batch(self, epoch: int, step: int) -> NodeBatch:
         users, candidates = to_tensors(self.sampler.batch(epoch, step))
-        return node_batch(users, candidates, self.graph.num_users, shared=self.shared(epoch, step, users))
+        batch = node_batch(users, candidates, self.graph.num_users, shared=self.shared(epoch, step, users))
+        return _sized(batch, self.graph)
 
     def optimizer(self) -> torch.optim.Optimizer:
         return PropagatedAdamW(self.model, [{"params": [self.model.table]}], self.settings.lr)
 
     def step(self, epoch: int, step: int) -> dict[str, Tensor]:
-        batch = self.batch(epoch, step).to(self.graph.device)
+        return self.gradients(self.batch(epoch, step).to(self.graph.device))
+
+    def recordable(self, batch: NodeBatch) -> bool:
+        return not len(batch.shared)  # what a user owns of them differs from step to step
+
+    def gradients(self, batch: NodeBatch) -> dict[str, Tensor]:
         users, items = batch.split(self.model(batch.rows))
         ranking = ranking_loss(users, items, batch)
         ranking.backward()
@@ -49,6 +61,26 @@ class LightGCNTask:
 
     def tables(self) -> tuple[Tensor, Tensor]:
         return self.model.tables()
+
+
+@dataclass
+class TeacherBatch:
+    """A batch of the teacher's stage.
+
+    Attributes:
+        nodes: of the compact tables. item_rows: the entries of its items, cut out on the host; None on a GPU.
+        mask: of dropout, `[I, M d]`: 0 or 1 / (1 - p) on a CPU, random bytes on a GPU; None without dropout.
+    """
+
+    nodes: NodeBatch
+    item_rows: ItemRows | None
+    mask: Tensor | RandomBytes | None
+
+    def to(self, device: torch.device) -> TeacherBatch:
+        """The same batch, made on the CPU, on `device`."""
+        if device.type == "cpu":
+            return self
+        return TeacherBatch(self.nodes.to(device), None, None if self.mask is None else self.mask.to(device))
 
 
 class TeacherTask:
@@ -70,33 +102,49 @@ class TeacherTask:
         groups = [{"params": [self.model.table]}, {"params": dense, "weight_decay": self.settings.weight_decay}]
         return PropagatedAdamW(self.model, groups, self.settings.lr)
 
-    def _batch(self, epoch: int, step: int) -> tuple[NodeBatch, ItemRows | None, Tensor | None]:
+    def _batch(self, epoch: int, step: int) -> TeacherBatch:
         users, candidates = to_tensors(self.sampler.batch(epoch, step))
         batch = node_batch(users, candidates, self.graph.num_users, shared=self.shared(epoch, step, users))
+        if self.graph.device.type != "cpu":
+            return TeacherBatch(_sized(batch, self.graph), None, self._mask(epoch, step))
         items = batch.rows[batch.num_users :] - self.graph.num_users
-        rows = self.graph.item_rows(items) if self.graph.device.type == "cpu" else None  # cut out on the host
-        return batch, rows, self._mask(epoch, step)
+        return TeacherBatch(batch, self.graph.item_rows(items), self._mask(epoch, step))
 
-    def _mask(self, epoch: int, step: int) -> Tensor | None:
-        """`[I, M d]`, 0 or 1 / (1 - p): one random byte per entry, so `p` is a multiple of 1/256."""
-        dropped = round(self.settings.dropout * 256)
-        if dropped == 0:
+    @property
+    def _dropped(self) -> int:
+        """Of 256 bytes, how many stand for a dropped entry: `p` is a multiple of 1/256."""
+        return round(self.settings.dropout * 256)
+
+    def _mask(self, epoch: int, step: int) -> Tensor | RandomBytes | None:
+        """One random byte per entry; on a CPU the mask that is made of them."""
+        if self._dropped == 0:
             return None
         shape = (self.graph.num_items, sum(weight.shape[1] for weight in self.model.weights))
+        if self.graph.device.type != "cpu":
+            return RandomBytes(shape, mixed_seed(self.config.seed, epoch, step, tag=1))
         count = shape[0] * shape[1]
         generator = seeded(self.config.seed, epoch, step, tag=1)
         words = torch.randint(-(2**63), 2**63 - 1, (-(-count // 8),), generator=generator)
-        drawn = words.view(torch.uint8)[:count]
-        if self.graph.device.type != "cpu":
-            return (drawn.to(self.graph.device).view(shape) >= dropped).float().mul_(256 / (256 - dropped))
-        mask = (drawn.numpy() >= dropped).astype(np.float32)
-        mask *= np.float32(256 / (256 - dropped))
+        mask = (words.view(torch.uint8)[:count].numpy() >= self._dropped).astype(np.float32)
+        mask *= np.float32(256 / (256 - self._dropped))
         return torch.from_numpy(mask.reshape(shape))
 
+    def mask_of(self, mask: Tensor | None) -> Tensor | None:
+        """`[I, M d]`, 0 or 1 / (1 - p), of a batch on its device."""
+        if mask is None or mask.is_floating_point():
+            return mask
+        return (mask >= self._dropped).float().mul_(256 / (256 - self._dropped))
+
     def step(self, epoch: int, step: int) -> dict[str, Tensor]:
-        batch, item_rows, mask = self.batch(epoch, step)
-        batch = batch.to(self.graph.device)
-        mask = None if mask is None else mask.to(self.graph.device)
+        return self.gradients(self.batch(epoch, step).to(self.graph.device))
+
+    def recordable(self, batch: TeacherBatch) -> bool:
+        """Features that stay in their file are copied to the device block by block."""
+        there = all(table.values.device == self.graph.device for table in self.model.features)
+        return there and not len(batch.nodes.shared)
+
+    def gradients(self, drawn: TeacherBatch) -> dict[str, Tensor]:
+        batch, item_rows, mask = drawn.nodes, drawn.item_rows, self.mask_of(drawn.mask)
         out = self.model(batch.rows, batch.num_users, mask, item_rows)
         terms = {"ranking": ranking_loss(*batch.split(out.joint), batch)}
         if self.settings.modality_loss:
@@ -182,7 +230,7 @@ class StudentTask:
         if extra is not None:
             asked.append(extra)
         batch = node_batch(users, candidates, nodes, extra, shared=self.shared(epoch, step, users))
-        return StudentBatch(batch, candidates, torch.cat(asked))
+        return StudentBatch(_sized(batch, self.graph), candidates, torch.cat(asked))
 
     def _emb_nodes(self, epoch: int, step: int) -> Tensor | None:
         """Node ids EmbKD looks at: all, or a uniform sample with replacement (an unbiased estimate of the mean)."""
@@ -195,7 +243,12 @@ class StudentTask:
         return torch.randint(first, self.graph.num_nodes, (self.distill.emb_sample,), generator=generator)
 
     def step(self, epoch: int, step: int) -> dict[str, Tensor]:
-        drawn = self.batch(epoch, step).to(self.graph.device)
+        return self.gradients(self.batch(epoch, step).to(self.graph.device))
+
+    def recordable(self, batch: StudentBatch) -> bool:
+        return not len(batch.nodes.shared)
+
+    def gradients(self, drawn: StudentBatch) -> dict[str, Tensor]:
         batch = drawn.nodes
         table = self.student(batch.rows)  # [n, d]
         loss, terms = self._distill(drawn, table)

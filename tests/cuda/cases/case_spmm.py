@@ -99,7 +99,7 @@ def graph(seed=0, users=30, items=20, edges=260):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layers", [0, 1, 2, 3])
-@pytest.mark.parametrize("which", ["all", "rows", "repeated", "none"])
+@pytest.mark.parametrize("which", ["all", "rows", "many rows", "repeated", "none"])
 def case_propagate(dtype, layers, which, schedules, deterministic):
     if deterministic and which == "all":
         pytest.skip("nothing is scattered")
@@ -107,6 +107,7 @@ def case_propagate(dtype, layers, which, schedules, deterministic):
     rows = {
         "all": None,
         "rows": torch.randperm(g.num_nodes)[:12],
+        "many rows": torch.randperm(g.num_nodes)[:100],  # so many that the layer before leaves no row out
         "repeated": torch.tensor([150, 0, 150, 3, 169, 150, 0]),
         "none": torch.empty(0, dtype=torch.int64),
     }[which]

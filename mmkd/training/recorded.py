@@ -1,0 +1,255 @@
+"""Steps of a stage: made one kernel launch after another, or, on a GPU, recorded once as CUDA graphs and played back.
+
+A step of a small model is hundreds of kernels of a few microseconds; launching them from Python takes longer than they do.
+A graph is replayed in one call, over the same memory, so what a step is given is copied into tensors that stay: batches
+come in a few sizes (:meth:`mmkd.training.stage.NodeBatch.padded`), and each has a recording of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger("mmkd")
+
+WARMUP = 2  # steps of a size that are made as ever before it is recorded: kernels are compiled, caches filled
+MOST = 16  # recordings; further sizes are made as ever
+_ALIGNED = 16  # bytes, where a part of a packed batch begins
+
+T = TypeVar("T")
+Terms = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class RandomBytes:
+    """Uniform bytes, drawn on the device that uses them from a generator of their own.
+
+    Attributes:
+        shape: of the uint8 tensor. seed: of the generator, below 2^63.
+    """
+
+    shape: tuple[int, ...]
+    seed: int
+
+    def fill(self, out: Tensor) -> Tensor:
+        """Draws them into `out`."""
+        return out.random_(0, 256, generator=torch.Generator(out.device).manual_seed(self.seed))
+
+    def to(self, device: torch.device) -> Tensor:
+        return self.fill(torch.empty(self.shape, dtype=torch.uint8, device=device))
+
+
+@runtime_checkable
+class Recordable(Protocol):
+    """A task whose step launches the same kernels for every batch of a size, and waits for none of them."""
+
+    def batch(self, epoch: int, step: int) -> Any:
+        """What the step is given: nested dataclasses of CPU tensors, :class:`RandomBytes` and plain values."""
+
+    def gradients(self, batch: Any) -> Terms:
+        """The step, from such a batch on the device."""
+
+    def recordable(self, batch: Any) -> bool:
+        """Whether that holds for this batch."""
+
+
+class Steps:
+    """What the loop makes: the gradients of a batch, then an update."""
+
+    def __init__(self, task: Any, optimizer: torch.optim.Optimizer) -> None:
+        self.task, self.optimizer = task, optimizer
+
+    def gradients(self, epoch: int, step: int) -> Terms:
+        """The terms of the loss, detached; gradients are in the parameters."""
+        self.optimizer.zero_grad(set_to_none=True)
+        return self.task.step(epoch, step)
+
+    def update(self) -> None:
+        self.optimizer.step()
+
+
+def parts(tree: Any) -> Iterator[Any]:
+    """What nested dataclasses hold, in order."""
+    if is_dataclass(tree) and not isinstance(tree, RandomBytes):
+        for field in fields(tree):
+            yield from parts(getattr(tree, field.name))
+    else:
+        yield tree
+
+
+def rebuilt(tree: T, replaced: Iterator[Any]) -> T:
+    """The same dataclasses around other :func:`parts`."""
+    if is_dataclass(tree) and not isinstance(tree, RandomBytes):
+        return type(tree)(**{field.name: rebuilt(getattr(tree, field.name), replaced) for field in fields(tree)})
+    return next(replaced)
+
+
+def size_of(batch: Any) -> tuple:
+    """Shapes and plain values: what two batches have in common that one recording serves."""
+    return tuple(
+        (p.dtype, tuple(p.shape)) if isinstance(p, Tensor) else p.shape if isinstance(p, RandomBytes) else p
+        for p in parts(batch)
+    )
+
+
+class Inputs(Generic[T]):
+    """Tensors on a device that take one batch of a size after the other, each in one copy.
+
+    Attributes:
+        batch: of these tensors.
+    """
+
+    def __init__(self, like: T, device: torch.device) -> None:
+        self.device, self._places, total = device, [], 0
+        for part in parts(like):
+            if isinstance(part, Tensor):
+                self._places.append(slice(total, total + part.nbytes))
+                total += -(-part.nbytes // _ALIGNED) * _ALIGNED
+        self._flat = torch.empty(total, dtype=torch.uint8, device=device)
+        place = iter(self._places)
+        made = []
+        for part in parts(like):
+            if isinstance(part, Tensor):
+                made.append(self._flat[next(place)].view(part.dtype).view(part.shape))
+            elif isinstance(part, RandomBytes):
+                made.append(torch.empty(part.shape, dtype=torch.uint8, device=device))
+            else:
+                made.append(part)
+        self._random = [t for t, part in zip(made, parts(like), strict=True) if isinstance(part, RandomBytes)]
+        self.batch = rebuilt(like, iter(made))
+
+    def load(self, batch: T) -> None:
+        """Copies `batch`, of the same size, without waiting for the device."""
+        host = torch.empty(self._flat.shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        tensors = (part for part in parts(batch) if isinstance(part, Tensor))
+        for place, part in zip(self._places, tensors, strict=True):
+            host[place].view(part.dtype).view(part.shape).copy_(part)
+        self._flat.copy_(host, non_blocking=True)
+        random = (part for part in parts(batch) if isinstance(part, RandomBytes))
+        for out, part in zip(self._random, random, strict=True):
+            part.fill(out)
+
+
+def cuda_graph() -> Callable[[Callable[[], T]], Callable[[], T]]:
+    """A recorder of CUDA graphs that share memory: they must be played back one after the other."""
+    stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+
+    def record(run: Callable[[], T]) -> Callable[[], T]:
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: what a logger or another user of the device does meanwhile is its own affair
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            result = run()
+
+        def replay() -> T:
+            graph.replay()
+            return result
+
+        return replay
+
+    return record
+
+
+@dataclass
+class _Recording:
+    """A step of one size."""
+
+    inputs: Inputs
+    gradients: Callable[[], tuple[list[str], Tensor, list[Tensor | None]]]
+    update: Callable[[], object] | None = None
+
+
+class RecordedSteps(Steps):
+    """Plays back the steps of a task; sizes that are new, or that cannot be recorded, are made as ever.
+
+    Args:
+        task, optimizer: of the stage. device: of the task's parameters.
+        record: turns a function into one that does the same again with what its tensors then hold, :func:`cuda_graph` by
+            default. Recording alone has no effect.
+    """
+
+    def __init__(
+        self, task: Recordable, optimizer: torch.optim.Optimizer, device: torch.device,
+        record: Callable[[Callable[[], T]], Callable[[], T]] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(task, optimizer)
+        self.device, self._record = device, record or cuda_graph()
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._seen: Counter[tuple] = Counter()
+        self._recordings: dict[tuple, _Recording] = {}
+        self._playing: _Recording | None = None
+        if device.type == "cuda":
+            for group in optimizer.param_groups:
+                group["capturable"] = True
+
+    @property
+    def recordings(self) -> int:
+        """How many sizes are recorded."""
+        return len(self._recordings)
+
+    def gradients(self, epoch: int, step: int) -> Terms:
+        batch = self.task.batch(epoch, step)
+        self.optimizer.zero_grad(set_to_none=True)
+        self._playing = self._recording_of(batch)
+        if self._playing is None:
+            return self.task.gradients(batch.to(self.device))
+        names, values, grads = self._playing.gradients()
+        for parameter, grad in zip(self._parameters, grads, strict=True):
+            parameter.grad = grad
+        return dict(zip(names, values.clone().unbind(), strict=True))  # the next step overwrites `values`
+
+    def update(self) -> None:
+        playing = self._playing
+        if playing is None:
+            self.optimizer.step()
+            return
+        if playing.update is None:
+            playing.update = self._recorded(self.optimizer.step) or self.optimizer.step
+        playing.update()
+
+    def _recording_of(self, batch: Any) -> _Recording | None:
+        """What plays back a step of this size, its inputs filled; made when the size is seen for the third time."""
+        size = size_of(batch)
+        found = self._recordings.get(size)
+        if found is None and self._worth(size, batch):
+            inputs = Inputs(batch, self.device)
+            inputs.load(batch)
+            replay = self._recorded(lambda: self._once(inputs.batch))
+            if replay is None:
+                return None
+            found = self._recordings[size] = _Recording(inputs, replay)
+        elif found is not None:
+            found.inputs.load(batch)
+        return found
+
+    def _worth(self, size: tuple, batch: Any) -> bool:
+        self._seen[size] += 1
+        room = self._record is not None and len(self._recordings) < MOST
+        return room and self._seen[size] > WARMUP and self.task.recordable(batch)
+
+    def _once(self, batch: Any) -> tuple[list[str], Tensor, list[Tensor | None]]:
+        self.optimizer.zero_grad(set_to_none=True)
+        terms = self.task.gradients(batch)
+        return list(terms), torch.stack(list(terms.values())), [p.grad for p in self._parameters]
+
+    def _recorded(self, run: Callable[[], T]) -> Callable[[], T] | None:
+        try:
+            return self._record(run)
+        except RuntimeError as error:  # something waits for the device, or there is no memory for it
+            self._record = None
+            self.optimizer.zero_grad(set_to_none=True)
+            log.warning("stage %s: a step cannot be recorded, its kernels are launched one by one: %s", self.task.name, error)
+            return None
+
+
+def steps_of(task: Any, optimizer: torch.optim.Optimizer, recorded: bool = True) -> Steps:
+    """The steps of a task: played back where its parameters are on a GPU, the task allows it, and it is `recorded`."""
+    device = next(task.model.parameters()).device
+    if recorded and device.type == "cuda" and isinstance(task, Recordable):
+        return RecordedSteps(task, optimizer, device)
+    return Steps(task, optimizer)
