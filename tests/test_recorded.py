@@ -165,7 +165,9 @@ def test_random_bytes_are_their_seed_s_and_drawn_anew_for_every_batch():
     inputs.load(TeacherBatch(None, None, one))
     first = inputs.batch.mask.clone()
     inputs.load(TeacherBatch(None, None, other))
-    assert torch.equal(first, one.to(CPU)) and torch.equal(inputs.batch.mask, other.to(CPU)) and len(first.unique()) > 50
+    assert (
+        torch.equal(first, one.to(CPU)) and torch.equal(inputs.batch.mask, other.to(CPU)) and len(first.unique()) > 50
+    )
     assert not torch.equal(first, inputs.batch.mask)
 
 
@@ -183,7 +185,9 @@ def test_padding_adds_nodes_that_nothing_looks_at(dataset, extra):
     batch = stage.node_batch(users, candidates, dataset.num_users, extra)
     more = batch.padded(dataset.num_users, dataset.num_items)
     assert more.num_users == len(more.rows) - more.num_users == len(more.touched) == stage.SIZE
-    assert (more.rows[: more.num_users] < dataset.num_users).all() and (more.rows[more.num_users :] >= dataset.num_users).all()
+    assert (more.rows[: more.num_users] < dataset.num_users).all() and (
+        more.rows[more.num_users :] >= dataset.num_users
+    ).all()
     assert torch.equal(more.rows[more.users], users)
     assert torch.equal(more.rows[more.num_users :][more.candidates], candidates + dataset.num_users)
     assert torch.equal(more.rows[more.extra], torch.empty(0, dtype=torch.int64) if extra is None else extra)
@@ -192,7 +196,9 @@ def test_padding_adds_nodes_that_nothing_looks_at(dataset, extra):
         one = weight.index_add(0, rows, counts)
         assert torch.equal(one, weight.index_add(0, batch.touched, batch.counts))
     same = more.padded(dataset.num_users, dataset.num_items)
-    assert all(torch.equal(a, b) if torch.is_tensor(a) else a == b for a, b in zip(parts(more), parts(same), strict=True))
+    assert all(
+        torch.equal(a, b) if torch.is_tensor(a) else a == b for a, b in zip(parts(more), parts(same), strict=True)
+    )
 
 
 def test_a_batch_of_nothing_is_padded_too():

@@ -162,6 +162,7 @@ class _Recording:
     inputs: Inputs
     gradients: Callable[[], tuple[list[str], Tensor, list[Tensor | None]]]
     update: Callable[[], object] | None = None
+    rates: list | None = None  # that `update` was recorded with
 
 
 class RecordedSteps(Steps):
@@ -183,9 +184,6 @@ class RecordedSteps(Steps):
         self._seen: Counter[tuple] = Counter()
         self._recordings: dict[tuple, _Recording] = {}
         self._playing: _Recording | None = None
-        if device.type == "cuda":
-            for group in optimizer.param_groups:
-                group["capturable"] = True
 
     @property
     def recordings(self) -> int:
@@ -208,8 +206,9 @@ class RecordedSteps(Steps):
         if playing is None:
             self.optimizer.step()
             return
-        if playing.update is None:
-            playing.update = self._recorded(self.optimizer.step) or self.optimizer.step
+        rates = [(g["lr"], g["betas"], g["eps"], g["weight_decay"]) for g in self.optimizer.param_groups]
+        if playing.update is None or playing.rates != rates:
+            playing.update, playing.rates = self._recorded_update(), rates
         playing.update()
 
     def _recording_of(self, batch: Any) -> _Recording | None:
@@ -221,6 +220,7 @@ class RecordedSteps(Steps):
             inputs.load(batch)
             replay = self._recorded(lambda: self._once(inputs.batch))
             if replay is None:
+                self.optimizer.zero_grad(set_to_none=True)  # of the attempt
                 return None
             found = self._recordings[size] = _Recording(inputs, replay)
         elif found is not None:
@@ -237,13 +237,27 @@ class RecordedSteps(Steps):
         terms = self.task.gradients(batch)
         return list(terms), torch.stack(list(terms.values())), [p.grad for p in self._parameters]
 
+    def _recorded_update(self) -> Callable[[], object]:
+        groups = self.optimizer.param_groups
+        before = [group["capturable"] for group in groups]
+        for group in groups:  # torch asks for it, and warns where it is set otherwise; fused, it changes nothing
+            group["capturable"] = self.device.type == "cuda"
+        replay = self._recorded(self.optimizer.step)
+        for group, was in zip(groups, before, strict=True):
+            group["capturable"] = was
+        return replay or self.optimizer.step
+
     def _recorded(self, run: Callable[[], T]) -> Callable[[], T] | None:
+        """None, with a warning, where it cannot be; nothing more is recorded then."""
+        if self._record is None:
+            return None
         try:
             return self._record(run)
         except RuntimeError as error:  # something waits for the device, or there is no memory for it
             self._record = None
-            self.optimizer.zero_grad(set_to_none=True)
-            log.warning("stage %s: a step cannot be recorded, its kernels are launched one by one: %s", self.task.name, error)
+            log.warning(
+                "stage %s: a step cannot be recorded, its kernels are launched one by one: %s", self.task.name, error
+            )
             return None
 
 
