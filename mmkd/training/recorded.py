@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
+from functools import lru_cache
+from itertools import cycle
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -74,28 +76,49 @@ class Steps:
         self.optimizer.step()
 
 
-def parts(tree: Any) -> Iterator[Any]:
+@lru_cache
+def _fields(kind: type) -> tuple[str, ...] | None:
+    return tuple(field.name for field in fields(kind)) if is_dataclass(kind) and kind is not RandomBytes else None
+
+
+def parts(tree: Any) -> list[Any]:
     """What nested dataclasses hold, in order."""
-    if is_dataclass(tree) and not isinstance(tree, RandomBytes):
-        for field in fields(tree):
-            yield from parts(getattr(tree, field.name))
-    else:
-        yield tree
+    names = _fields(type(tree))
+    return [tree] if names is None else [part for name in names for part in parts(getattr(tree, name))]
 
 
 def rebuilt(tree: T, replaced: Iterator[Any]) -> T:
     """The same dataclasses around other :func:`parts`."""
-    if is_dataclass(tree) and not isinstance(tree, RandomBytes):
-        return type(tree)(**{field.name: rebuilt(getattr(tree, field.name), replaced) for field in fields(tree)})
-    return next(replaced)
+    names = _fields(type(tree))
+    if names is None:
+        return next(replaced)
+    return type(tree)(**{name: rebuilt(getattr(tree, name), replaced) for name in names})
 
 
-def size_of(batch: Any) -> tuple:
-    """Shapes and plain values: what two batches have in common that one recording serves."""
+def size_of(held: list[Any]) -> tuple:
+    """Shapes and plain values of a batch's :func:`parts`: what two batches have in common that one recording serves."""
     return tuple(
-        (p.dtype, tuple(p.shape)) if isinstance(p, Tensor) else p.shape if isinstance(p, RandomBytes) else p
-        for p in parts(batch)
+        (p.dtype, p.shape) if isinstance(p, Tensor) else p.shape if isinstance(p, RandomBytes) else p for p in held
     )
+
+
+class _Outbox:
+    """Memory of the host that the device copies from in its own time."""
+
+    def __init__(self, like: Tensor, places: list[tuple[slice, Tensor]]) -> None:
+        on_gpu = like.device.type == "cuda"
+        self.flat = torch.empty(like.shape, dtype=like.dtype, pin_memory=on_gpu)
+        self.parts = [self.flat[at].view(part.dtype).view(part.shape).numpy() for at, part in places]
+        self._sent = torch.cuda.Event() if on_gpu else None
+
+    def send(self, tensors: Iterable[Tensor], to: Tensor) -> None:
+        if self._sent is not None:
+            self._sent.synchronize()  # what was sent before has arrived
+        for out, part in zip(self.parts, tensors, strict=True):
+            out[...] = part.numpy()
+        to.copy_(self.flat, non_blocking=True)
+        if self._sent is not None:
+            self._sent.record()
 
 
 class Inputs(Generic[T]):
@@ -106,32 +129,29 @@ class Inputs(Generic[T]):
     """
 
     def __init__(self, like: T, device: torch.device) -> None:
-        self.device, self._places, total = device, [], 0
+        places, total = [], 0
         for part in parts(like):
             if isinstance(part, Tensor):
-                self._places.append(slice(total, total + part.nbytes))
+                places.append((slice(total, total + part.nbytes), part))
                 total += -(-part.nbytes // _ALIGNED) * _ALIGNED
         self._flat = torch.empty(total, dtype=torch.uint8, device=device)
-        place = iter(self._places)
-        made = []
-        for part in parts(like):
-            if isinstance(part, Tensor):
-                made.append(self._flat[next(place)].view(part.dtype).view(part.shape))
-            elif isinstance(part, RandomBytes):
-                made.append(torch.empty(part.shape, dtype=torch.uint8, device=device))
-            else:
-                made.append(part)
-        self._random = [t for t, part in zip(made, parts(like), strict=True) if isinstance(part, RandomBytes)]
-        self.batch = rebuilt(like, iter(made))
+        there = iter([self._flat[at].view(part.dtype).view(part.shape) for at, part in places])
+        drawn = [part for part in parts(like) if isinstance(part, RandomBytes)]
+        self._random = [torch.empty(part.shape, dtype=torch.uint8, device=device) for part in drawn]
+        random = iter(self._random)
+        self.batch = rebuilt(
+            like,
+            iter(
+                next(there) if isinstance(part, Tensor) else next(random) if isinstance(part, RandomBytes) else part
+                for part in parts(like)
+            ),
+        )
+        self._outboxes = cycle([_Outbox(self._flat, places) for _ in range(3)])  # the host runs ahead of the device
 
-    def load(self, batch: T) -> None:
-        """Copies `batch`, of the same size, without waiting for the device."""
-        host = torch.empty(self._flat.shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-        tensors = (part for part in parts(batch) if isinstance(part, Tensor))
-        for place, part in zip(self._places, tensors, strict=True):
-            host[place].view(part.dtype).view(part.shape).copy_(part)
-        self._flat.copy_(host, non_blocking=True)
-        random = (part for part in parts(batch) if isinstance(part, RandomBytes))
+    def load(self, held: list[Any]) -> None:
+        """Copies the :func:`parts` of a batch of the same size, without waiting for the device to make use of them."""
+        next(self._outboxes).send((part for part in held if isinstance(part, Tensor)), self._flat)
+        random = (part for part in held if isinstance(part, RandomBytes))
         for out, part in zip(self._random, random, strict=True):
             part.fill(out)
 
@@ -213,18 +233,19 @@ class RecordedSteps(Steps):
 
     def _recording_of(self, batch: Any) -> _Recording | None:
         """What plays back a step of this size, its inputs filled; made when the size is seen for the third time."""
-        size = size_of(batch)
+        held = parts(batch)
+        size = size_of(held)
         found = self._recordings.get(size)
         if found is None and self._worth(size, batch):
             inputs = Inputs(batch, self.device)
-            inputs.load(batch)
+            inputs.load(held)
             replay = self._recorded(lambda: self._once(inputs.batch))
             if replay is None:
                 self.optimizer.zero_grad(set_to_none=True)  # of the attempt
                 return None
             found = self._recordings[size] = _Recording(inputs, replay)
         elif found is not None:
-            found.inputs.load(batch)
+            found.inputs.load(held)
         return found
 
     def _worth(self, size: tuple, batch: Any) -> bool:

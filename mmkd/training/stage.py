@@ -92,22 +92,27 @@ class NodeBatch:
             num_users, num_items: of the graph; users are filled up with users, items with items.
             multiple: of users, of items and of `touched` that there then are.
         """
-        users, items = -self.num_users % multiple, (self.num_users - len(self.rows)) % multiple
-        more = -len(self.touched) % multiple
         if not num_users or not num_items:
             return self
+        own, extra = self.num_users, self.extra.numpy()
+        users, items, touched = (-n % multiple for n in (own, len(self.rows) - own, len(self.touched)))  # to be added
 
-        def filled(t: Tensor, of_users: Tensor, of_items: Tensor) -> Tensor:
-            return torch.cat([t[: self.num_users], of_users, t[self.num_users :], of_items])
+        def filled(values: Tensor, of_users: np.ndarray, of_items: np.ndarray) -> np.ndarray:
+            return np.concatenate([values.numpy()[:own], of_users, values.numpy()[own:], of_items])
 
-        others = torch.arange(users) % num_users, num_users + torch.arange(items) % num_items
-        none = self.all_counts.new_zeros(users), self.all_counts.new_zeros(items)
-        return NodeBatch(
-            filled(self.rows, *others), self.num_users + users, self.users, self.candidates,
-            self.extra + users * (self.extra >= self.num_users), self.shared, self.owned,
-            torch.cat([self.touched, torch.arange(more) % (num_users + num_items)]),
-            torch.cat([self.counts, self.counts.new_zeros(more)]), filled(self.all_counts, *none),
-        )  # fmt: skip
+        none = np.zeros(multiple, np.float32)
+        rows, extra, nodes, counts, all_counts = map(
+            torch.from_numpy,
+            (
+                filled(self.rows, np.arange(users) % num_users, num_users + np.arange(items) % num_items),
+                extra + users * (extra >= own),
+                np.concatenate([self.touched.numpy(), np.arange(touched) % (num_users + num_items)]),
+                np.concatenate([self.counts.numpy(), none[:touched]]),
+                filled(self.all_counts, none[:users], none[:items]),
+            ),
+        )
+        at = self.users, self.candidates, extra, self.shared, self.owned
+        return NodeBatch(rows, own + users, *at, nodes, counts, all_counts)
 
     def split(self, table: Tensor) -> tuple[Tensor, Tensor]:
         """A table `[n, w]` of `rows` as its users and its items."""
