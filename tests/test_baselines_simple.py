@@ -90,6 +90,15 @@ def test_the_test_part_is_never_read(dataset, model):
     np.testing.assert_array_equal(model().fit(closed).scores(users), model().fit(dataset).scores(users))
 
 
+@pytest.mark.parametrize(("block", "kept"), [(1, 1 << 23), (1 << 9, 0), (1 << 9, 4000)])
+def test_pairs_that_are_kept_change_nothing(dataset, block, kept, monkeypatch):
+    truth = ItemKNN().fit(dataset)
+    monkeypatch.setattr(item_knn, "ENTRIES_PER_BLOCK", block)
+    monkeypatch.setattr(item_knn, "ENTRIES_KEPT", kept)
+    model = ItemKNN().fit(dataset)
+    assert model.trials == truth.trials and (model.similarity != truth.similarity).nnz == 0
+
+
 def test_settings_are_the_best_of_validation_and_repeat(dataset):
     model = ItemKNN().fit(dataset)
     assert model.trials[model.settings] == max(model.trials.values())

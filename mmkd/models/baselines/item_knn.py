@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
 
-from mmkd.evaluation.evaluator import evaluate_scores, rank_scores
+from mmkd.evaluation.evaluator import evaluate_scores
 
 if TYPE_CHECKING:
     from mmkd.data.dataset import Dataset
@@ -21,7 +21,8 @@ GRID: tuple[dict[str, tuple], ...] = (
     {"item_power": (0.0, 0.25, 0.5), "shrink": (0.0, 2.0, 10.0, 50.0)},
     {"neighbors": (20, 50, 100, 200, 400)},
 )
-ENTRIES_PER_BLOCK = 1 << 22  # similarities held dense at a time
+ENTRIES_PER_BLOCK = 1 << 22  # similarities worked on at a time, if all pairs of items had one
+ENTRIES_KEPT = 1 << 23  # shared users of pairs of items that are kept from one setting to the next
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class ItemKNN:
         self.trials: dict[KNNSettings, float] = {}
         self.similarity: sp.csr_matrix | None = None
         self._train: sp.csr_matrix | None = None
+        self._shared: _SharedUsers | None = None
 
     def fit(self, dataset: Dataset) -> ItemKNN:
         """Builds the neighbourhoods from train, choosing open settings on validation. Returns itself."""
@@ -86,7 +88,8 @@ class ItemKNN:
         self.settings = KNNSettings(**self._given)
         for stage in GRID if dataset.val is not None and dataset.val.nnz else ():
             self._choose(dataset, {name: values for name, values in stage.items() if name not in self._given})
-        self.similarity = _as_matrix(*_neighbors(self._train, self.settings), self.settings.neighbors)
+        self.similarity = self._neighbors(self.settings).matrix(self.settings.neighbors)
+        self._shared = None
         return self
 
     def _choose(self, dataset: Dataset, stage: dict[str, tuple]) -> None:
@@ -102,9 +105,14 @@ class ItemKNN:
         for option in sorted((o for o in options if o not in self.trials), key=lambda o: -o.neighbors):
             # fewer neighbours of the same similarity are the first ones of a longer list
             if most is None or replace(option, neighbors=most.neighbors) != most:
-                most, lists = option, _neighbors(self._train, option)
-            self.similarity = _as_matrix(*lists, option.neighbors)
+                most, lists = option, self._neighbors(option)
+            self.similarity = lists.matrix(option.neighbors)
             self.trials[option] = evaluate_scores(self.scores, dataset, "val", (cutoff,))[self.metric]
+
+    def _neighbors(self, settings: KNNSettings) -> _Neighbors:
+        if self._shared is None or self._shared.user_weight != settings.user_weight:
+            self._shared = _SharedUsers(self._train, settings.user_weight)
+        return _neighbors(self._shared, settings)
 
     @property
     def num_parameters(self) -> int:
@@ -118,38 +126,90 @@ class ItemKNN:
         return (self._train[users] @ self.similarity).toarray()
 
 
-def _neighbors(train: sp.csr_matrix, settings: KNNSettings) -> tuple[np.ndarray, np.ndarray]:
-    """The most similar items of each item, best first: ids int64 `[I, k]`, similarities float32 `[I, k]`, 0 = no more."""
-    neighbors, shrink, user_weight, item_power = astuple(settings)
-    num_items = train.shape[1]
-    k = min(neighbors, num_items)
-    popularity = np.maximum(np.bincount(train.indices, minlength=num_items), 1).astype(np.float64)
-    weight = np.maximum(np.diff(train.indptr), 1).astype(np.float64) ** -user_weight
-    columns = train.T.tocsr().astype(np.float64)
-    weighted = sp.diags_array(weight).tocsr() @ train.astype(np.float64)
-    ids = np.empty((num_items, k), dtype=np.int64)
-    values = np.empty((num_items, k), dtype=np.float32)
-    for block in _blocks(num_items):
-        shared = columns[block] @ weighted  # row j, column i: Σ d_u^-user_weight over the users of both
-        target, other = np.repeat(block, np.diff(shared.indptr)), shared.indices
-        value = shared.data / (np.sqrt(popularity[other]) * popularity[target] ** item_power + shrink)
-        value[other == target] = 0.0
-        dense = np.zeros(shared.shape, dtype=np.float32)
-        dense[target - block[0], other] = value
-        ids[block] = rank_scores(dense, k)
-        values[block] = np.take_along_axis(dense, ids[block], axis=1)
-    return ids, values
+class _Pairs(NamedTuple):
+    """Pairs of different items with a user in common: those of a block of items, item by item.
+
+    Attributes:
+        block: the items. item, other: places in `block`, and the other item's id. weight: Σ d_u^-user_weight over the users of
+            both. key: uint64, the item's place, 32 bits of zeros, the other's id.
+    """
+
+    block: np.ndarray
+    item: np.ndarray
+    other: np.ndarray
+    weight: np.ndarray
+    key: np.ndarray
 
 
-def _blocks(num_items: int) -> Iterator[np.ndarray]:
-    size = max(1, ENTRIES_PER_BLOCK // num_items)
-    for start in range(0, num_items, size):
-        yield np.arange(start, min(start + size, num_items))
+class _SharedUsers:
+    """An iterator of :class:`_Pairs`, which are kept for the next round while they are few."""
+
+    def __init__(self, train: sp.csr_matrix, user_weight: float) -> None:
+        self.user_weight, self.num_items = user_weight, train.shape[1]
+        self.id_bits = np.uint64(self.num_items.bit_length())
+        self.popularity = np.maximum(np.bincount(train.indices, minlength=self.num_items), 1).astype(np.float64)
+        weight = np.maximum(np.diff(train.indptr), 1).astype(np.float64) ** -user_weight
+        self._columns = train.T.tocsr().astype(np.float64)
+        self._weighted = sp.diags_array(weight).tocsr() @ train.astype(np.float64)
+        self._kept: list[_Pairs] | None = None
+
+    def __iter__(self) -> Iterator[_Pairs]:
+        if self._kept is not None:
+            yield from self._kept
+            return
+        size, made, entries = max(1, ENTRIES_PER_BLOCK // max(1, self.num_items)), [], 0
+        for start in range(0, self.num_items, size):
+            pairs = self._pairs(np.arange(start, min(start + size, self.num_items)))
+            entries += len(pairs.key)
+            made = [*made, pairs] if entries <= ENTRIES_KEPT else []
+            yield pairs
+        self._kept = made if entries <= ENTRIES_KEPT else None
+
+    def _pairs(self, block: np.ndarray) -> _Pairs:
+        shared = self._columns[block] @ self._weighted
+        item = np.repeat(np.arange(len(block), dtype=np.int32), np.diff(shared.indptr))
+        kept = shared.indices != block[0] + item
+        item, other = item[kept], shared.indices[kept]
+        key = item.astype(np.uint64) << self.id_bits + np.uint64(32) | other.astype(np.uint64)
+        return _Pairs(block, item, other, shared.data[kept], key)
 
 
-def _as_matrix(ids: np.ndarray, values: np.ndarray, k: int) -> sp.csr_matrix:
-    """The first k neighbours of each item j as column j of a sparse `I x I` matrix."""
-    ids, values = ids[:, :k], values[:, :k]
-    kept = values > 0
-    shape = (ids.shape[0], ids.shape[0])
-    return sp.csr_matrix((values[kept], (ids[kept], np.nonzero(kept)[0])), shape=shape)
+class _Neighbors(NamedTuple):
+    """The items most similar to each: flat arrays of the item, its neighbour, their similarity (float32) and which of the
+    item's neighbours this is, 0 the first."""
+
+    item: np.ndarray
+    neighbor: np.ndarray
+    value: np.ndarray
+    place: np.ndarray
+    num_items: int
+
+    def matrix(self, k: int) -> sp.csr_matrix:
+        """The first k neighbours of each item j as column j of a sparse `I x I` matrix."""
+        kept = (self.place < k) & (self.value > 0)
+        at = self.neighbor[kept], self.item[kept]
+        return sp.csr_matrix((self.value[kept], at), shape=(self.num_items, self.num_items))
+
+
+def _neighbors(shared: _SharedUsers, settings: KNNSettings) -> _Neighbors:
+    """The `settings.neighbors` most similar items of each item, equal ones by ascending id."""
+    bits, found = shared.id_bits, []
+    root, power = np.sqrt(shared.popularity), shared.popularity**settings.item_power
+    for block, item, other, weight, key in shared:
+        below = root[other]
+        below *= power[block][item]
+        below += settings.shrink
+        value = np.divide(weight, below, out=below).astype(np.float32)
+        # Item, similarity from the largest down, neighbour in one number, for numbers alone are sorted fastest. The bits of
+        # positive floats are in their order; places and ids together are below 2^32.
+        key = np.sort(key | (~value.view(np.uint32)).astype(np.uint64) << bits)
+        starts = np.searchsorted(key, np.arange(len(block) + 1, dtype=np.uint64) << bits + np.uint64(32))
+        count = np.minimum(np.diff(starts), settings.neighbors)
+        place = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+        key = key[np.repeat(starts[:-1], count) + place]
+        value = (~(key >> bits).astype(np.uint32)).view(np.float32)
+        found.append(
+            (np.repeat(block, count), (key & (np.uint64(1) << bits) - np.uint64(1)).astype(np.int64), value, place)
+        )
+    empty = [np.empty(0, kind) for kind in (np.int64, np.int64, np.float32, np.int64)]
+    return _Neighbors(*(np.concatenate(parts) for parts in zip(empty, *found, strict=True)), shared.num_items)
