@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import bench_epoch
 import bench_step
 import cases
 import gpu
@@ -203,8 +204,8 @@ def in_fours(functions: dict[str, Callable[[], object]], rounds: int, warmup: in
 
 @pytest.mark.gpu
 @pytest.mark.skipif(gpu.why_not() is not None, reason=str(gpu.why_not()))
+@pytest.mark.parametrize("stage", ["student", "teacher"])  # both of a size, while its data set is there
 @pytest.mark.parametrize("name", ["tiktok", "netflix", "electronics"])
-@pytest.mark.parametrize("stage", ["student", "teacher"])
 def bench_step_on_gpu(stage, name):
     """A training step as the loop makes it: batch, forward, backward, AdamW; played back, its kernels launched one by one, and
     the eager step of the same mathematics."""
@@ -232,6 +233,18 @@ def bench_step_on_gpu(stage, name):
         f"{stage} step", f"{name} L=2", played, rivals, rounds=10, memory=True, clock=in_fours,
         peak=lambda fn: held if fn is played else gpu.peak_extra_mb(fn),
     )  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(gpu.why_not() is not None, reason=str(gpu.why_not()))
+@pytest.mark.parametrize("stage", ["student", "teacher"])  # both of a size, while its data set is there
+@pytest.mark.parametrize("name", ["tiktok", "netflix", "electronics"])
+def bench_epoch_on_gpu(stage, name, tmp_path):
+    """An epoch by the stage's own loop, held against the paper's seconds (Table 6, an RTX 3090) where it has some."""
+    pair = (steps.student if stage == "student" else steps.teacher_step)(name, device="cuda")
+    seconds = bench_epoch.epoch_seconds(pair, name, tmp_path, stage, warmup=24)
+    limit = bench_epoch.STUDENT_SECONDS.get(name) if stage == "student" else None
+    bench_epoch.record(f"{stage} epoch", f"{name} L=2 B=1024", seconds, limit)
 
 
 @pytest.mark.gpu
