@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from mmkd.data import Dataset, load
+from mmkd.data import Dataset, load, synthetic
 from mmkd.evaluation import evaluate_scores
 from mmkd.models.baselines import ItemKNN, Popularity, item_knn
 
@@ -97,6 +97,25 @@ def test_pairs_that_are_kept_change_nothing(dataset, block, kept, monkeypatch):
     monkeypatch.setattr(item_knn, "ENTRIES_KEPT", kept)
     model = ItemKNN().fit(dataset)
     assert model.trials == truth.trials and (model.similarity != truth.similarity).nnz == 0
+
+
+def test_every_trial_is_that_of_its_settings(dataset):
+    for settings, metric in ItemKNN().fit(dataset).trials.items():
+        alone = ItemKNN(**asdict(settings)).fit(dataset)
+        assert metric == evaluate_scores(alone.scores, dataset, "val", (20,))["recall@20"], settings
+
+
+def test_nothing_of_a_search_that_broke_off_is_left(dataset, monkeypatch):
+    model, truth = ItemKNN(), ItemKNN().fit(dataset)
+    other = synthetic(60, 90, 900, seed=8)
+
+    def broken(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(item_knn, "evaluate_scores", broken)
+        model.fit(other)
+    assert model.fit(dataset).trials == truth.trials
 
 
 def test_settings_are_the_best_of_validation_and_repeat(dataset):

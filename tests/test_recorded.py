@@ -1,26 +1,32 @@
-"""Recorded steps: what is played back is what would have been made. A recorder that simply runs the function again stands in
-for CUDA graphs where there is no GPU; with one, graphs themselves."""
+"""Recorded steps: what is played back is what would have been made. `graph_emulator.py` stands in for CUDA graphs where there
+is no GPU; with one, graphs themselves."""
 
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+import mmkd
 from mmkd.config import Config
 from mmkd.data import synthetic
+from mmkd.models import lightgcn
 from mmkd.models.features import FeatureTable
 from mmkd.models.lightgcn import LightGCN, initial_table
 from mmkd.models.prompt import Prompt
 from mmkd.models.teacher import Teacher
 from mmkd.training import recorded, stage
+from mmkd.training.checkpoint import restore_training, training_tensors
 from mmkd.training.collapse import FrozenTeacher
 from mmkd.training.recorded import Inputs, RandomBytes, RecordedSteps, Steps, parts, rebuilt, size_of, steps_of
 from mmkd.training.tasks import LightGCNTask, StudentBatch, StudentTask, TeacherBatch, TeacherTask
+from tests.graph_emulator import Recorder
 
 CPU, HAS_GPU = torch.device("cpu"), torch.cuda.is_available()
-OTHER = 6  # a step whose batch is of another size
+OTHER = 2  # of three steps, the one whose batch is of another size
 KINDS = ("lightgcn", "teacher", "student")
 
 
@@ -50,94 +56,217 @@ def make(kind: str, dataset, device: str = "cpu", **changes):
     return StudentTask(LightGCN(graph, table, 2).to(device), FrozenTeacher(teacher), c, dataset, graph, weights)
 
 
+@pytest.fixture(autouse=True)
+def gradients_of_torch(monkeypatch):
+    """As on a GPU, where no table holds its gradient back."""
+    monkeypatch.setattr(lightgcn, "can_hold", lambda table, compute: False)
+
+
 def sized(task, dataset):
-    """The task's batches as a GPU gets them; the teacher's dropout by the same mask, handed over as the bytes it is made of."""
+    """The task, with batches as a GPU gets them."""
     draw = task._batch
 
     def batch(epoch: int, step: int):
-        drawn, size = draw(epoch, step), (dataset.num_users, dataset.num_items, 512 if step == OTHER else stage.SIZE)
+        drawn, size = (
+            draw(epoch, step),
+            (dataset.num_users, dataset.num_items, 512 if step % 3 == OTHER else stage.SIZE),
+        )
         if isinstance(drawn, StudentBatch):
             return StudentBatch(drawn.nodes.padded(*size), drawn.candidates, drawn.asked)
         if isinstance(drawn, TeacherBatch):
-            return TeacherBatch(drawn.nodes.padded(*size), None, drawn.mask)
+            return Moved(
+                drawn.nodes.padded(*size), None, RandomBytes(tuple(drawn.mask.shape), stage.mixed_seed(0, epoch, step))
+            )
         return drawn.padded(*size)
 
     task.batch = batch
     return task
 
 
-def again(run):
-    """Stands in for a CUDA graph."""
-    return run
+class Moved(TeacherBatch):
+    """Goes to the CPU as others go to a GPU."""
+
+    def to(self, device):
+        return TeacherBatch(self.nodes, None, self.mask.to(device))
 
 
-def rounds(steps: Steps, task, number: int, start: int = 0) -> list[dict[str, float]]:
-    terms = []
-    for step in range(start, start + number):
+def recording(task, optimizer=None) -> tuple[RecordedSteps, Recorder]:
+    optimizer = optimizer or task.optimizer()
+
+    def kept():
+        return [*task.model.parameters(), *(t for slots in optimizer.state.values() for t in slots.values())]
+
+    recorder = Recorder(kept)
+    return RecordedSteps(task, optimizer, CPU, recorder), recorder
+
+
+def rounds(steps: Steps, number: int, recorder: Recorder | None = None, between=None) -> list[dict[str, float]]:
+    terms, optimizer = [], steps.optimizer
+    for step in range(number):
+        if between is not None:
+            between(step, optimizer, steps.task)
         got = steps.gradients(0, step)
+        kept = [None if p.grad is None else p.grad.clone() for p in steps.task.model.parameters()]
         steps.update()
-        terms.append({name: float(value) for name, value in got.items()})
+        if recorder is not None:
+            recorder.spoil()
+        terms.append({name: float(value) for name, value in got.items()} | {"grads": kept})
     return terms
+
+
+def assert_equal(mine: list[dict], truth: list[dict], played, plain, **tolerance) -> None:
+    for step, (a, b) in enumerate(zip(mine, truth, strict=True)):
+        grads, others = a.pop("grads"), b.pop("grads")
+        assert list(a) == list(b) and a == pytest.approx(b, rel=1e-5, abs=1e-7), step
+        for x, y in zip(grads, others, strict=True):
+            assert (x is None) == (y is None)
+            if x is not None:
+                torch.testing.assert_close(x, y, **tolerance)
+    for (name, p), (_, q) in zip(played.model.named_parameters(), plain.model.named_parameters(), strict=True):
+        torch.testing.assert_close(p, q, msg=lambda m, name=name: f"{name}: {m}", **tolerance)
+
+
+EXACT = {"rtol": 0, "atol": 0}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_played_back_is_what_is_made(kind, dataset):
-    plain, played = make(kind, dataset), sized(make(kind, dataset), dataset)
-    ours = RecordedSteps(played, played.optimizer(), CPU, again)
-    truth = rounds(Steps(plain, plain.optimizer()), plain, 6)
-    mine = rounds(ours, played, 6)
-    assert ours.recordings == 1
-    assert [list(t) for t in mine] == [list(t) for t in truth]
-    for a, b in zip(mine, truth, strict=True):
-        assert a == pytest.approx(b, rel=1e-5, abs=1e-7)
-    for (name, p), (_, q) in zip(played.model.named_parameters(), plain.model.named_parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+    """Two sizes in turns; the rate changes; gradients are dropped; a tensor that the step reads is changed in place."""
+
+    def between(step, optimizer, task):
+        if step == 12:
+            for group in optimizer.param_groups:
+                group["lr"] *= 0.5
+        if step == 14:
+            optimizer.zero_grad(set_to_none=True)
+        if step == 16 and kind == "teacher":
+            with torch.no_grad():
+                task.model.omega.mul_(torch.linspace(0.3, 0.9, len(task.model.omega)))
+
+    plain, played = sized(make(kind, dataset), dataset), sized(make(kind, dataset), dataset)
+    ours, recorder = recording(played)
+    truth = rounds(Steps(plain, plain.optimizer()), 20, between=between)
+    mine = rounds(ours, 20, recorder, between)
+    assert ours.recordings == 2 and len(recorder.tapes) == 6  # gradients, update, and update with the other rate
+    assert_equal(mine, truth, played, plain, **EXACT)
+    assert not any(group["capturable"] for group in ours.optimizer.param_groups)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_batch_of_another_size_is_made_as_ever_and_then_recorded_too(kind, dataset):
-    task = sized(make(kind, dataset), dataset)
-    steps = RecordedSteps(task, task.optimizer(), CPU, again)
-    for epoch in range(4):
-        for step in (0, 1, OTHER):
-            assert all(torch.isfinite(v) for v in steps.gradients(epoch, step).values())
-            steps.update()
-    assert steps.recordings == 2
+def test_batches_of_few_sizes_train_as_others_do(kind, dataset):
+    plain, played = make(kind, dataset), sized(make(kind, dataset), dataset)
+    if kind == "teacher":  # the same mask, made of the bytes the other draws
+        draw = plain._batch
+
+        def batch(epoch, step):
+            drawn = draw(epoch, step)
+            bytes_ = RandomBytes(tuple(drawn.mask.shape), stage.mixed_seed(0, epoch, step)).to(CPU)
+            return TeacherBatch(drawn.nodes, drawn.item_rows, plain.mask_of(bytes_))
+
+        plain.batch = batch
+    truth, mine = rounds(Steps(plain, plain.optimizer()), 6), rounds(Steps(played, played.optimizer()), 6)
+    assert_equal(mine, truth, played, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_goes_on_from_its_checkpoint(dataset):
+    begun, plain, played = (sized(make("student", dataset), dataset) for _ in range(3))
+    first = begun.optimizer()
+    rounds(Steps(begun, first), 4)
+    saved = training_tensors(begun.model, first, {})
+    optimizers = [task.optimizer() for task in (plain, played)]
+    for task, optimizer in zip((plain, played), optimizers, strict=True):
+        restore_training(saved, task.model, optimizer, Path("x"))
+    ours, recorder = recording(played, optimizers[1])
+    truth, mine = rounds(Steps(plain, optimizers[0]), 10), rounds(ours, 10, recorder)
+    assert ours.recordings == 2
+    assert_equal(mine, truth, played, plain, **EXACT)
+
+
+def test_restored_slots_are_where_their_parameter_is(dataset):
+    task = make("lightgcn", dataset)
+    optimizer = task.optimizer()
+    rounds(Steps(task, optimizer), 1)
+    saved = training_tensors(task.model, optimizer, {})
+    task.model.table = torch.nn.Parameter(task.model.table.detach().to("meta"))
+    fresh = torch.optim.AdamW(task.model.parameters())
+    restore_training(saved, task.model, fresh, Path("x"))
+    slots = fresh.state[task.model.table]
+    assert set(slots) == {"step", "exp_avg", "exp_avg_sq"} and {t.device.type for t in slots.values()} == {"meta"}
 
 
 def test_a_loss_that_was_returned_stays_what_it_was(dataset):
     task = sized(make("student", dataset), dataset)
-    steps = RecordedSteps(task, task.optimizer(), CPU, again)
-    kept = [steps.gradients(0, step) for step in range(4)]
+    steps, recorder = recording(task)
+    kept = []
+    for step in (0, 1, 3, 4):
+        kept.append(steps.gradients(0, step))
+        steps.update()
     before = [{name: float(v) for name, v in terms.items()} for terms in kept]
-    steps.gradients(0, 4)
-    assert [{name: float(v) for name, v in terms.items()} for terms in kept] == before
+    steps.gradients(0, 6)
+    recorder.spoil()
+    assert steps.recordings == 1 and [{name: float(v) for name, v in terms.items()} for terms in kept] == before
 
 
-def test_a_step_that_cannot_be_recorded_is_made_as_ever_with_one_warning(dataset, caplog):
+@pytest.mark.parametrize("which", range(5))
+@pytest.mark.parametrize("where", ["recording", "inputs"])
+def test_a_step_that_cannot_be_recorded_is_made_as_ever_with_one_warning(where, which, dataset, caplog, monkeypatch):
+    """The attempt at which it fails: gradients and update of either size, and an update with another rate."""
+    plain, task = sized(make("student", dataset), dataset), sized(make("student", dataset), dataset)
+    steps, recorder = recording(task)
+    attempts = iter(range(100))
+
     def refuse(run):
-        run()  # a recording that breaks off has left gradients behind
+        if next(attempts) != which:
+            return recorder(run)
+        before = [(t.detach(), t.detach().clone()) for t in recorder.kept()]
+        run()  # an attempt that breaks off has left gradients behind
+        for t, value in before:
+            t.copy_(value)
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    plain, task = make("lightgcn", dataset), sized(make("lightgcn", dataset), dataset)
-    steps = RecordedSteps(task, task.optimizer(), CPU, refuse)
+    def no_room(*args):
+        raise torch.OutOfMemoryError("out of memory: operation not permitted")
+
+    steps._record = refuse
+    if where == "inputs":
+        if which > 0:
+            pytest.skip("one attempt")
+        monkeypatch.setattr(recorded, "Inputs", no_room)
+
+    def between(step, optimizer, task):
+        if step == 10:
+            optimizer.param_groups[0]["lr"] *= 0.5
+
     with caplog.at_level(logging.WARNING, "mmkd"):
-        mine = rounds(steps, task, 6)
-    assert steps.recordings == 0 and caplog.text.count("launched one by one: operation not permitted") == 1
-    truth = rounds(Steps(plain, plain.optimizer()), plain, 6)
-    for a, b in zip(mine, truth, strict=True):
-        assert a == pytest.approx(b, rel=1e-5)
+        mine = rounds(steps, 14, recorder, between)
+    assert caplog.text.count("launched one by one") == 1 and "operation not permitted" in caplog.text
+    assert_equal(mine, rounds(Steps(plain, plain.optimizer()), 14, between=between), task, plain, **EXACT)
+
+
+def test_a_step_that_waits_for_the_device_is_not_recorded(dataset, caplog):
+    task = sized(make("lightgcn", dataset), dataset)
+    inner = task.gradients
+    task.gradients = lambda batch: {name: value * float(value > -1) for name, value in inner(batch).items()}
+    steps, recorder = recording(task)
+    recorder.strict = True
+    with caplog.at_level(logging.WARNING, "mmkd"):
+        rounds(steps, 8, recorder)
+    assert steps.recordings == 0 and caplog.text.count("launched one by one") == 1
 
 
 def test_the_number_of_recordings_is_bounded(dataset, monkeypatch):
     monkeypatch.setattr(recorded, "MOST", 1)
     task = sized(make("lightgcn", dataset), dataset)
-    steps = RecordedSteps(task, task.optimizer(), CPU, again)
-    for epoch in range(4):
-        for step in (0, 1, OTHER):
-            steps.gradients(epoch, step)
-            steps.update()
+    steps, recorder = recording(task)
+    rounds(steps, 12, recorder)
     assert steps.recordings == 1
+
+
+def test_sizes_that_are_never_recorded_are_not_remembered(dataset):
+    task = sized(make("student", dataset, shared_negatives=8), dataset)
+    steps, recorder = recording(task)
+    rounds(steps, 8, recorder)
+    assert steps.recordings == 0 and not steps._seen
 
 
 def test_shared_negatives_are_not_recorded(dataset):
@@ -151,6 +280,8 @@ def test_inputs_hold_one_batch_after_the_other(dataset):
     task = sized(make("student", dataset), dataset)
     first, second = task.batch(0, 0), task.batch(0, 1)
     assert size_of(parts(first)) == size_of(parts(second)) != size_of(parts(task.batch(0, OTHER)))
+    users = replace(first.nodes, num_users=first.nodes.num_users - 1)
+    assert size_of(parts(users)) != size_of(parts(first.nodes))
     inputs = Inputs(first, CPU)
     for batch in (first, second):
         inputs.load(parts(batch))
@@ -212,21 +343,67 @@ def test_parts_and_rebuilt_are_inverse(dataset):
     assert all(a is b for a, b in zip(parts(batch), parts(copy), strict=True)) and type(copy) is type(batch)
 
 
-def test_a_cpu_makes_its_steps_as_ever(dataset):
+def test_what_is_played_back(dataset, monkeypatch):
+    """A CPU's steps are made as ever, and so are those of a task that has a `step` of its own."""
     task = make("lightgcn", dataset)
     assert type(steps_of(task, task.optimizer())) is Steps
+    monkeypatch.setattr(recorded, "RecordedSteps", lambda task, optimizer, device: "played back")
+    monkeypatch.setattr(torch.nn.Parameter, "device", torch.device("cuda"), raising=False)
+    assert steps_of(task, task.optimizer()) == "played back"
+    assert type(steps_of(task, task.optimizer(), recorded=False)) is Steps
+
+    class Own(LightGCNTask):
+        def step(self, epoch, step):
+            return super().step(epoch, step)
+
+    task.__class__ = Own
+    assert type(steps_of(task, task.optimizer())) is Steps
+    task.__class__ = LightGCNTask
+    monkeypatch.setattr(recorded, "_refused", True)
+    assert type(steps_of(task, task.optimizer())) is Steps
+
+
+@pytest.mark.parametrize(("settings", "wanted"), [({}, True), ({"cuda_graphs": False}, False), ({"profile": 2}, False)])
+def test_the_settings_say_whether_steps_are_recorded(settings, wanted, dataset, tmp_path, monkeypatch):
+    seen = set()
+
+    def spy(task, optimizer, recorded):
+        seen.add(recorded)
+        return Steps(task, optimizer)
+
+    monkeypatch.setattr(stage, "steps_of", spy)
+    quick = {"dim": 8, "progress": False, "baselines": [], "model": "lightgcn", "lightgcn": {"epochs": 1, "layers": 1}}
+    mmkd.train(quick | settings, out=tmp_path / "r", dataset=dataset)
+    assert seen == {wanted}
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not HAS_GPU, reason="no CUDA device")
 @pytest.mark.parametrize("kind", KINDS)
 def test_cuda_graphs_play_back_what_is_made(kind, dataset):
-    plain, played = make(kind, dataset, "cuda"), make(kind, dataset, "cuda")
+    def between(step, optimizer, task):
+        if step == 12:
+            optimizer.param_groups[0]["lr"] *= 0.5
+
+    plain, played = sized(make(kind, dataset, "cuda"), dataset), sized(make(kind, dataset, "cuda"), dataset)
     ours = steps_of(played, played.optimizer())
-    truth, mine = rounds(Steps(plain, plain.optimizer()), plain, 9), rounds(ours, played, 9)
-    assert type(ours) is RecordedSteps and ours.recordings >= 1
-    for a, b in zip(mine, truth, strict=True):
-        assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
-    for (name, p), (_, q) in zip(played.model.named_parameters(), plain.model.named_parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
-    assert type(steps_of(played, played.optimizer(), recorded=False)) is Steps
+    assert type(ours) is RecordedSteps
+    truth = rounds(Steps(plain, plain.optimizer()), 16, between=between)
+    mine = rounds(ours, 16, between=between)
+    assert ours.recordings == 2
+    assert_equal(mine, truth, played, plain, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="no CUDA device")
+def test_a_gpu_that_cannot_record_a_step_goes_on(dataset, caplog, monkeypatch):
+    monkeypatch.setattr(recorded, "_refused", False)
+    task = make("lightgcn", dataset, "cuda")
+    inner = task.gradients
+    task.gradients = lambda batch: {name: value * float(value > -1) for name, value in inner(batch).items()}
+    with caplog.at_level(logging.WARNING, "mmkd"):
+        rounds(steps_of(task, task.optimizer()), 8)
+    assert caplog.text.count("launched one by one") == 1
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    other = make("lightgcn", dataset, "cuda")
+    rounds(steps_of(other, other.optimizer()), 4)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from mmkd.data import Dataset, load_configured, synthetic
 from mmkd.files import write_text
 from mmkd.graph import BipartiteGraph
 from mmkd.training.run_folder import RunFolder, versions
-from mmkd.training.stage import Stage, Task
+from mmkd.training.stage import Stage
 from mmkd.training.tasks import TeacherTask
 from mmkd.training.trainer import Run
 
@@ -54,28 +54,15 @@ def graph_bytes(graph: BipartiteGraph) -> int:
     return nbytes(t for t in vars(graph).values() if isinstance(t, Tensor))
 
 
-class Clocked:
-    """A task that notes when each step begins, made or played back; everything else is the task's own."""
+class Clock:
+    """A task's `batch` that notes when it is asked for one: once a step, made or played back."""
 
-    def __init__(self, task: Task) -> None:
-        self.task, self.starts = task, []
+    def __init__(self, batch: Callable[[int, int], Any]) -> None:
+        self._batch, self.starts = batch, []
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.task, name)
-
-    def step(self, epoch: int, step: int) -> dict[str, Tensor]:
+    def __call__(self, epoch: int, step: int) -> Any:
         self.starts.append(time.perf_counter())
-        return self.task.step(epoch, step)
-
-    def batch(self, epoch: int, step: int) -> Any:
-        self.starts.append(time.perf_counter())
-        return self.task.batch(epoch, step)
-
-    def gradients(self, batch: Any) -> dict[str, Tensor]:
-        return self.task.gradients(batch)
-
-    def recordable(self, batch: Any) -> bool:
-        return self.task.recordable(batch)
+        return self._batch(epoch, step)
 
     def seconds_per_step(self) -> float:
         """Median time from one step's start to the next one's (step, optimizer, loop), the first few left out."""
@@ -113,11 +100,12 @@ def measure_stage(stage: str, run: Run, steps: int) -> dict[str, Any]:
     settings: StageConfig = getattr(config, stage)
     steps_per_epoch = run.steps(settings)
     steps = max(2, min(steps, steps_per_epoch))
-    clocked, start = Clocked(task), 0
+    clock, start = Clock(task.batch), 0
+    task.batch = clock
     if measured:
         reset_peak()
         start = resident()
-    Stage(clocked, settings, config, run.dataset, run.folder, steps).run()
+    Stage(task, settings, config, run.dataset, run.folder, steps).run()
     peak = resident("VmHWM") if measured else 0
     held = {"graph": graph_bytes(run.graph), "weights": nbytes(task.model.parameters())}
     held["optimizer"] = 2 * held["weights"]  # AdamW's two moments
@@ -125,7 +113,7 @@ def measure_stage(stage: str, run: Run, steps: int) -> dict[str, Any]:
         held["constants"] = nbytes([*task.teacher.buffers()])
     else:
         held["features"] = sum(math.prod(shape) for shape in features.values()) * 4
-    step = clocked.seconds_per_step()
+    step = clock.seconds_per_step()
     return {
         "stage": stage, "step_seconds": step, "steps": steps, "steps_per_epoch": steps_per_epoch,
         "epoch_seconds": step * steps_per_epoch, "parameters": parameters, "features": features,

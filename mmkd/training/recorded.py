@@ -8,15 +8,18 @@ come in a few sizes (:meth:`mmkd.training.stage.NodeBatch.padded`), and each has
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from functools import lru_cache
 from itertools import cycle
-from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+
+from mmkd.graph import BipartiteGraph
 
 log = logging.getLogger("mmkd")
 
@@ -47,18 +50,29 @@ class RandomBytes:
         return self.fill(torch.empty(self.shape, dtype=torch.uint8, device=device))
 
 
-@runtime_checkable
-class Recordable(Protocol):
-    """A task whose step launches the same kernels for every batch of a size, and waits for none of them."""
+class Recordable(ABC):
+    """A task whose step launches the same kernels for every batch of a size, and waits for none of them.
 
-    def batch(self, epoch: int, step: int) -> Any:
-        """What the step is given: nested dataclasses of CPU tensors, :class:`RandomBytes` and plain values."""
+    Python runs while a step is recorded and not again: what :meth:`gradients` reads other than tensors stays what it was then, so
+    what changes from step to step is part of the batch, or a tensor that is changed in place.
+    """
 
+    graph: BipartiteGraph
+    batch: Callable[[int, int], Any]
+    """`(epoch, step)` -> what the step is given: nested dataclasses of CPU tensors, :class:`RandomBytes` and plain values, with
+    `to(device)`."""
+
+    @abstractmethod
     def gradients(self, batch: Any) -> Terms:
-        """The step, from such a batch on the device."""
+        """The step, from such a batch on the device: leaves gradients, returns the terms of the loss, detached."""
 
+    @abstractmethod
     def recordable(self, batch: Any) -> bool:
-        """Whether that holds for this batch."""
+        """Whether the step can be recorded for this batch."""
+
+    def step(self, epoch: int, step: int) -> Terms:
+        """Draws the batch and makes the step. A subclass that has its own is not recorded."""
+        return self.gradients(self.batch(epoch, step).to(self.graph.device))
 
 
 class Steps:
@@ -161,10 +175,13 @@ def cuda_graph() -> Callable[[Callable[[], T]], Callable[[], T]]:
     stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
 
     def record(run: Callable[[], T]) -> Callable[[], T]:
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: what a logger or another user of the device does meanwhile is its own affair
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            result = run()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            # thread_local: what a logger or another user of the device does meanwhile is its own affair
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                result = run()
+        finally:
+            torch.cuda.set_stream(current)  # a recording that breaks off leaves its own
 
         def replay() -> T:
             graph.replay()
@@ -237,21 +254,25 @@ class RecordedSteps(Steps):
         size = size_of(held)
         found = self._recordings.get(size)
         if found is None and self._worth(size, batch):
-            inputs = Inputs(batch, self.device)
-            inputs.load(held)
-            replay = self._recorded(lambda: self._once(inputs.batch))
-            if replay is None:
+            found = self._tried(lambda: self._new(batch))
+            if found is None:
                 self.optimizer.zero_grad(set_to_none=True)  # of the attempt
                 return None
-            found = self._recordings[size] = _Recording(inputs, replay)
-        elif found is not None:
+            self._recordings[size] = found
+        if found is not None:
             found.inputs.load(held)
         return found
 
     def _worth(self, size: tuple, batch: Any) -> bool:
+        if self._record is None or len(self._recordings) >= MOST or not self.task.recordable(batch):
+            return False
         self._seen[size] += 1
-        room = self._record is not None and len(self._recordings) < MOST
-        return room and self._seen[size] > WARMUP and self.task.recordable(batch)
+        return self._seen[size] > WARMUP
+
+    def _new(self, batch: Any) -> _Recording:
+        inputs = Inputs(batch, self.device)
+        inputs.load(parts(batch))
+        return _Recording(inputs, self._record(lambda: self._once(inputs.batch)))
 
     def _once(self, batch: Any) -> tuple[list[str], Tensor, list[Tensor | None]]:
         self.optimizer.zero_grad(set_to_none=True)
@@ -263,28 +284,35 @@ class RecordedSteps(Steps):
         before = [group["capturable"] for group in groups]
         for group in groups:  # torch asks for it, and warns where it is set otherwise; fused, it changes nothing
             group["capturable"] = self.device.type == "cuda"
-        replay = self._recorded(self.optimizer.step)
+        replay = self._tried(lambda: self._record(self.optimizer.step))
         for group, was in zip(groups, before, strict=True):
             group["capturable"] = was
         return replay or self.optimizer.step
 
-    def _recorded(self, run: Callable[[], T]) -> Callable[[], T] | None:
-        """None, with a warning, where it cannot be; nothing more is recorded then."""
+    def _tried(self, record: Callable[[], T]) -> T | None:
+        """None, with a warning, where it cannot be; nothing more is recorded then, here or in a later stage: an attempt that
+        breaks off leaves torch's allocator as it was in the middle of it."""
+        global _refused
         if self._record is None:
             return None
         try:
-            return self._record(run)
+            return record()
         except RuntimeError as error:  # something waits for the device, or there is no memory for it
-            self._record = None
+            self._record, _refused = None, self.device.type == "cuda"
             log.warning(
-                "stage %s: a step cannot be recorded, its kernels are launched one by one: %s", self.task.name, error
-            )
+                "stage %s: a step cannot be recorded, kernels are launched one by one: %s (cuda_graphs=false leaves it be)",
+                self.task.name, error,
+            )  # fmt: skip
             return None
+
+
+_refused = False  # by a GPU, in this process
 
 
 def steps_of(task: Any, optimizer: torch.optim.Optimizer, recorded: bool = True) -> Steps:
     """The steps of a task: played back where its parameters are on a GPU, the task allows it, and it is `recorded`."""
     device = next(task.model.parameters()).device
-    if recorded and device.type == "cuda" and isinstance(task, Recordable):
+    can = isinstance(task, Recordable) and type(task).step is Recordable.step
+    if recorded and can and device.type == "cuda" and not _refused:
         return RecordedSteps(task, optimizer, device)
     return Steps(task, optimizer)

@@ -350,7 +350,7 @@ class Stage:
                 if self.validate and (state["epoch"] % settings.eval_every == 0 or last):
                     steps.optimizer.zero_grad(
                         set_to_none=True
-                    )  # a look needs the memory, and the next step makes new ones
+                    )  # a look needs the memory, and the next step makes new ones, but for recorded ones
                     line |= self._look(state)
                 state["seconds"] += time.perf_counter() - start
                 self.folder.log(**line, seconds=round(state["seconds"], 3))

@@ -18,7 +18,7 @@ from mmkd.models.teacher import Teacher
 from mmkd.training.collapse import FrozenTeacher
 from mmkd.training.optim import PropagatedAdamW
 from mmkd.training.ranking import SharedNegatives, ranking_loss
-from mmkd.training.recorded import RandomBytes
+from mmkd.training.recorded import RandomBytes, Recordable
 from mmkd.training.stage import Ahead, NodeBatch, add_l2, batches, mixed_seed, node_batch, seeded, to_tensors
 
 
@@ -27,7 +27,7 @@ def _sized(batch: NodeBatch, graph: BipartiteGraph) -> NodeBatch:
     return batch if graph.device.type == "cpu" else batch.padded(graph.num_users, graph.num_items)
 
 
-class LightGCNTask:
+class LightGCNTask(Recordable):
     """`L = ranking + L2` on a plain LightGCN; the ranking loss is BPR (spec section 4) unless negatives are shared."""
 
     def __init__(
@@ -46,9 +46,6 @@ class LightGCNTask:
 
     def optimizer(self) -> torch.optim.Optimizer:
         return PropagatedAdamW(self.model, [{"params": [self.model.table]}], self.settings.lr)
-
-    def step(self, epoch: int, step: int) -> dict[str, Tensor]:
-        return self.gradients(self.batch(epoch, step).to(self.graph.device))
 
     def recordable(self, batch: NodeBatch) -> bool:
         return not len(batch.shared)  # what a user owns of them differs from step to step
@@ -83,7 +80,7 @@ class TeacherBatch:
         return TeacherBatch(self.nodes.to(device), None, None if self.mask is None else self.mask.to(device))
 
 
-class TeacherTask:
+class TeacherTask(Recordable):
     """`BPR(E^T) + mu sum_m BPR(F^m) + nu BPR(p, R̂p) + L2` (spec section 3), dropout on the projected features.
 
     With shared negatives the first two are softmax losses over them (:func:`mmkd.training.ranking.ranking_loss`).
@@ -134,9 +131,6 @@ class TeacherTask:
         if mask is None or mask.is_floating_point():
             return mask
         return (mask >= self._dropped).float().mul_(256 / (256 - self._dropped))
-
-    def step(self, epoch: int, step: int) -> dict[str, Tensor]:
-        return self.gradients(self.batch(epoch, step).to(self.graph.device))
 
     def recordable(self, batch: TeacherBatch) -> bool:
         """Features that stay in their file are copied to the device block by block."""
@@ -190,7 +184,7 @@ class StudentBatch:
         return StudentBatch(self.nodes.to(device), self.candidates.to(device), self.asked.to(device))
 
 
-class StudentTask:
+class StudentTask(Recordable):
     """`L = BPR + λ2 PairKD + λ3 ListKD + λ4 EmbKD + L2` (paper, Eq. 12) over the compact table of the batch's own rows.
 
     With shared negatives BPR gives way to :func:`mmkd.training.ranking.ranking_loss` over them.
@@ -241,9 +235,6 @@ class StudentTask:
             return torch.arange(first, self.graph.num_nodes)
         generator = seeded(self.config.seed, epoch, step, tag=2)
         return torch.randint(first, self.graph.num_nodes, (self.distill.emb_sample,), generator=generator)
-
-    def step(self, epoch: int, step: int) -> dict[str, Tensor]:
-        return self.gradients(self.batch(epoch, step).to(self.graph.device))
 
     def recordable(self, batch: StudentBatch) -> bool:
         return not len(batch.nodes.shared)

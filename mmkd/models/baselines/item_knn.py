@@ -84,7 +84,7 @@ class ItemKNN:
     def fit(self, dataset: Dataset) -> ItemKNN:
         """Builds the neighbourhoods from train, choosing open settings on validation. Returns itself."""
         self._train = sp.csr_matrix(dataset.train, dtype=np.float32)
-        self.trials, self.similarity = {}, None
+        self.trials, self.similarity, self._shared = {}, None, None
         self.settings = KNNSettings(**self._given)
         for stage in GRID if dataset.val is not None and dataset.val.nnz else ():
             self._choose(dataset, {name: values for name, values in stage.items() if name not in self._given})
@@ -175,18 +175,19 @@ class _SharedUsers:
 
 
 class _Neighbors(NamedTuple):
-    """The items most similar to each: flat arrays of the item, its neighbour, their similarity (float32) and which of the
-    item's neighbours this is, 0 the first."""
+    """The items most similar to each: flat arrays of the item, ascending, its neighbour, the most similar first, and their
+    similarity (int32, int32, float32)."""
 
     item: np.ndarray
     neighbor: np.ndarray
     value: np.ndarray
-    place: np.ndarray
     num_items: int
 
     def matrix(self, k: int) -> sp.csr_matrix:
         """The first k neighbours of each item j as column j of a sparse `I x I` matrix."""
-        kept = (self.place < k) & (self.value > 0)
+        count = np.bincount(self.item, minlength=self.num_items)
+        place = np.arange(len(self.item)) - np.repeat(np.cumsum(count) - count, count)
+        kept = (place < k) & (self.value > 0)
         at = self.neighbor[kept], self.item[kept]
         return sp.csr_matrix((self.value[kept], at), shape=(self.num_items, self.num_items))
 
@@ -208,8 +209,7 @@ def _neighbors(shared: _SharedUsers, settings: KNNSettings) -> _Neighbors:
         place = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
         key = key[np.repeat(starts[:-1], count) + place]
         value = (~(key >> bits).astype(np.uint32)).view(np.float32)
-        found.append(
-            (np.repeat(block, count), (key & (np.uint64(1) << bits) - np.uint64(1)).astype(np.int64), value, place)
-        )
-    empty = [np.empty(0, kind) for kind in (np.int64, np.int64, np.float32, np.int64)]
+        neighbor = (key & (np.uint64(1) << bits) - np.uint64(1)).astype(np.int32)
+        found.append((np.repeat(block.astype(np.int32), count), neighbor, value))
+    empty = [np.empty(0, kind) for kind in (np.int32, np.int32, np.float32)]
     return _Neighbors(*(np.concatenate(parts) for parts in zip(empty, *found, strict=True)), shared.num_items)
