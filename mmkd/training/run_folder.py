@@ -26,7 +26,8 @@ from mmkd.training.loggers import Logger, Loggers
 
 # Parts of the package that change no number of a run.
 NOT_TRAINING = ("cli", "experiments", "kernels", "serving")
-# Settings that may differ between a run and its resumption without changing a single number.
+# Settings that may differ between a run and its resumption: no number depends on them, but that another device rounds, and
+# draws a teacher's dropout, in its own way.
 FREE_SETTINGS = ("progress", "threads", "device", "cuda_graphs", "log", "profile", "teacher.feature_memory")
 
 
