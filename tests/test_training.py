@@ -372,3 +372,35 @@ def test_best_weights_survive_a_disk_that_is_full(tmp_path, monkeypatch):
         assert kept.keys() == now.keys() and all(torch.equal(kept[name], t) for name, t in now.items())
         best.keep(later.items())
         now = later
+
+
+@pytest.mark.parametrize("bad", [None, 5])
+def test_losses_read_for_many_steps_at_once_are_the_same(bad, dataset, tmp_path, monkeypatch):
+    """As on a GPU; a step that went wrong is named all the same."""
+    from mmkd.training import stage
+    from mmkd.training.tasks import LightGCNTask
+
+    original, make = LightGCNTask.step, stage.Stage.__init__
+
+    def step(self, epoch, step):
+        terms = original(self, epoch, step)
+        return {**terms, "l2": terms["l2"] * float("nan")} if (epoch, step) == (1, bad) else terms
+
+    def patient(self, *args, **kwargs):
+        make(self, *args, **kwargs)
+        self.look_every = 4
+
+    monkeypatch.setattr(LightGCNTask, "step", step)
+    settings = quick(model="lightgcn", baselines=[], lightgcn={"epochs": 2, "batch_size": 128, "layers": 1})
+    if bad is None:
+        mmkd.train(settings, out=tmp_path / "one", dataset=dataset)
+    monkeypatch.setattr(stage.Stage, "__init__", patient)
+    if bad is not None:
+        with pytest.raises(TrainingError, match=f"epoch 2, step {bad + 1}: the term 'l2' is nan"):
+            mmkd.train(settings, out=tmp_path / "four", dataset=dataset)
+        return
+    mmkd.train(settings, out=tmp_path / "four", dataset=dataset)
+    one, four = (RunFolder(tmp_path / name).metrics() for name in ("one", "four"))
+    assert len(one) == len(four) == 2
+    for a, b in zip(one, four, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-6) and a["l2"] == pytest.approx(b["l2"], rel=1e-6)

@@ -32,7 +32,7 @@ from mmkd.training.finite import first_bad, origin
 from mmkd.training.optim import Propagated
 from mmkd.training.profile import StepProfiler
 from mmkd.training.ranking import NO_SHARED_ITEMS, SharedItems
-from mmkd.training.recorded import Steps, steps_of
+from mmkd.training.recorded import Steps, Terms, steps_of
 from mmkd.training.run_folder import RunFolder
 from mmkd.training.stop import Stop, StoppedAtStep
 
@@ -371,11 +371,9 @@ class Stage:
                 unseen.append((step, terms))
                 last = step == self.steps - 1 or self.stop.requested
                 if len(unseen) == self.look_every or last:
-                    self._check_finite(epoch, unseen, steps.optimizer)
+                    self._account(epoch, unseen, sums, steps.optimizer)
                     unseen = []
                 steps.update()
-                for name, value in terms.items():
-                    sums[name] = sums[name] + value if name in sums else value.clone()
                 state["step"] = step + 1
                 bar.update()
                 profiler.step()
@@ -392,10 +390,20 @@ class Stage:
         wanted, self._unprofiled = self.config.profile * self._unprofiled, False
         return StepProfiler(self.task.name, wanted, self.folder.path / f"profile-{self.task.name}.md")
 
-    def _check_finite(self, epoch: int, steps: list[tuple[int, dict[str, Tensor]]], optimizer) -> None:
+    def _account(self, epoch: int, seen: list[tuple[int, Terms]], sums: Terms, optimizer) -> None:
+        """Reads the losses of some steps at once, and adds them to the epoch's."""
+        names = list(seen[0][1])
+        values = torch.stack([terms[name] for _, terms in seen for name in names]).view(len(seen), len(names))
+        numbers = [
+            (step, dict(zip(names, row, strict=True))) for (step, _), row in zip(seen, values.tolist(), strict=True)
+        ]
+        self._check_finite(epoch, numbers, optimizer)
+        for name, value in zip(names, values.sum(0).unbind(), strict=True):
+            sums[name] = sums[name] + value if name in sums else value.clone()
+
+    def _check_finite(self, epoch: int, steps: list[tuple[int, dict[str, float]]], optimizer) -> None:
         for step, terms in steps:
-            for name, value in terms.items():
-                number = float(value)
+            for name, number in terms.items():
                 if not math.isfinite(number):
                     optimizer.zero_grad(set_to_none=True)
                     where = origin(self.task.model, lambda step=step: self.task.step(epoch, step))
