@@ -271,7 +271,7 @@ class RecordedSteps(Steps):
 
     def _new(self, batch: Any) -> _Recording:
         inputs = Inputs(batch, self.device)
-        inputs.load(parts(batch))
+        inputs.load(parts(batch))  # a graph is not run while it is recorded; whatever else records may be
         return _Recording(inputs, self._record(lambda: self._once(inputs.batch)))
 
     def _once(self, batch: Any) -> tuple[list[str], Tensor, list[Tensor | None]]:

@@ -348,9 +348,8 @@ class Stage:
                 line = {"stage": self.task.name, "epoch": state["epoch"], **losses}
                 last = state["epoch"] == settings.epochs
                 if self.validate and (state["epoch"] % settings.eval_every == 0 or last):
-                    steps.optimizer.zero_grad(
-                        set_to_none=True
-                    )  # a look needs the memory, and the next step makes new ones, but for recorded ones
+                    # A look needs the memory; the next step makes new ones. Those of recorded steps stay where they are.
+                    steps.optimizer.zero_grad(set_to_none=True)
                     line |= self._look(state)
                 state["seconds"] += time.perf_counter() - start
                 self.folder.log(**line, seconds=round(state["seconds"], 3))
