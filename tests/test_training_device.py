@@ -20,6 +20,7 @@ from mmkd.models.teacher import Teacher
 from mmkd.training.baseline_task import BaselineTask
 from mmkd.training.collapse import FrozenTeacher
 from mmkd.training.recorded import RandomBytes
+from mmkd.training.stage import Stage
 from mmkd.training.tasks import LightGCNTask, StudentTask, TeacherTask
 from mmkd.training.trainer import pick_device
 
@@ -191,3 +192,24 @@ def test_on_a_gpu_the_run_is_the_cpu_s(amp, dataset, runs, tmp_path):
     there = mmkd.train(config(amp=amp, device="cuda"), out=tmp_path / "r", dataset=dataset)
     for method, metrics in runs[0][amp].rows.items():
         assert abs(there.rows[method]["recall@50"] - metrics["recall@50"]) < 0.05, method
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu_a_resumed_run_ends_where_the_whole_one_does(dataset, tmp_path, monkeypatch):
+    c, inner = config(device="cuda", baselines=[], checkpoint_every=1), Stage._epoch
+
+    def break_off(self, steps, state, *rest):
+        if self.task.name == "student" and state["epoch"] == 3:
+            raise KeyboardInterrupt
+        return inner(self, steps, state, *rest)
+
+    whole = mmkd.train(c, out=tmp_path / "whole", dataset=dataset)
+    with monkeypatch.context() as patch:
+        patch.setattr(Stage, "_epoch", break_off)
+        with pytest.raises(KeyboardInterrupt):
+            mmkd.train(c, out=tmp_path / "r", dataset=dataset)
+    again = mmkd.train(c, out=tmp_path / "r", dataset=dataset, resume=True)
+    mine, truth = (load_file(run.path / "student.safetensors") for run in (again, whole))
+    for name, values in truth.items():
+        torch.testing.assert_close(mine[name], values, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
