@@ -6,6 +6,7 @@ graphs. Skipped, with the reason, where there is no GPU.
 
 from __future__ import annotations
 
+import gc
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -204,6 +205,7 @@ def in_fours(functions: dict[str, Callable[[], object]], rounds: int, warmup: in
 
 def _reserved() -> float:
     """MB of the device that torch holds, without what it only keeps for later."""
+    gc.collect()  # of what came before
     torch.cuda.empty_cache()
     return torch.cuda.memory_reserved() / 2**20
 

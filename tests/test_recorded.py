@@ -69,7 +69,7 @@ def sized(task, dataset):
     def batch(epoch: int, step: int):
         drawn, size = (
             draw(epoch, step),
-            (dataset.num_users, dataset.num_items, 512 if step % 3 == OTHER else stage.SIZE),
+            (dataset.num_users, dataset.num_items, stage.SIZE * (2 if step % 3 == OTHER else 1)),
         )
         if isinstance(drawn, StudentBatch):
             return StudentBatch(drawn.nodes.padded(*size), drawn.candidates, drawn.asked)
