@@ -117,7 +117,7 @@ def test_vectors_of_some_nodes_are_those_of_all(name, planted):
 def test_the_l2_term_is_that_of_the_batch_s_rows(name, planted):
     model = build(name, planted, l2=0.5)
     users, candidates = torch.tensor([3, 3, 8]), torch.tensor([[1, 5, 7], [2, 5, 8], [5, 9, 30]])
-    found = model.l2(node_batch(users, candidates, 150))
+    found = model.l2(node_batch(users, candidates, 150, planted.num_items))
     free_users = [model.split(model.table)[0], *model.user_rows(torch.arange(150))]
     free_items = [model.split(model.table)[1], *model.item_rows(torch.arange(120))]
     truth = sum(t[users].square().sum() for t in free_users) + sum(

@@ -43,7 +43,7 @@ def test_the_softmax_against_the_written_out_formula(dataset):
     users, candidates = torch.tensor([7, 0, 7]), torch.from_numpy(dataset.train.indices[[300, 0, 301]].astype(np.int64))
     candidates = torch.stack([candidates, torch.tensor([4, 8, 15])], 1)
     shared = SharedNegatives(dataset.train, 30, seed=1)(0, 0, users)
-    batch = node_batch(users, candidates, 120, extra=torch.tensor([3, 150]), shared=shared)
+    batch = node_batch(users, candidates, 120, 90, extra=torch.tensor([3, 150]), shared=shared)
     assert batch.rows[batch.extra].tolist() == [3, 150]
     assert (batch.rows[batch.num_users :][batch.shared] - 120).tolist() == shared.items.tolist()
     table = torch.randn(210, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
@@ -60,7 +60,7 @@ def test_the_softmax_against_the_written_out_formula(dataset):
 
 def test_without_shared_items_it_is_bpr():
     users, candidates = torch.tensor([1, 0]), torch.tensor([[0, 2], [1, 0]])
-    batch = node_batch(users, candidates, 2)
+    batch = node_batch(users, candidates, 2, 3)
     tables = torch.randn(2, 4), torch.randn(3, 4)
     assert torch.equal(ranking_loss(*tables, batch), ops.bpr_loss(*tables, users, candidates[:, 0], candidates[:, 1]))
 

@@ -22,7 +22,7 @@ from mmkd.training import recorded, stage
 from mmkd.training.checkpoint import restore_training, training_tensors
 from mmkd.training.collapse import FrozenTeacher
 from mmkd.training.recorded import Inputs, RandomBytes, RecordedSteps, Steps, parts, rebuilt, size_of, steps_of
-from mmkd.training.tasks import LightGCNTask, StudentBatch, StudentTask, TeacherBatch, TeacherTask
+from mmkd.training.tasks import LightGCNTask, StudentTask, TeacherBatch, TeacherTask
 from tests.graph_emulator import Recorder
 
 CPU, HAS_GPU = torch.device("cpu"), torch.cuda.is_available()
@@ -67,17 +67,11 @@ def sized(task, dataset):
     draw = task._batch
 
     def batch(epoch: int, step: int):
-        drawn, size = (
-            draw(epoch, step),
-            (dataset.num_users, dataset.num_items, stage.SIZE * (2 if step % 3 == OTHER else 1)),
-        )
-        if isinstance(drawn, StudentBatch):
-            return StudentBatch(drawn.nodes.padded(*size), drawn.candidates, drawn.asked)
+        task.multiple = stage.SIZE * (2 if step % 3 == OTHER else 1)
+        drawn = draw(epoch, step)
         if isinstance(drawn, TeacherBatch):
-            return Moved(
-                drawn.nodes.padded(*size), None, RandomBytes(tuple(drawn.mask.shape), stage.mixed_seed(0, epoch, step))
-            )
-        return drawn.padded(*size)
+            return Moved(drawn.nodes, None, RandomBytes(tuple(drawn.mask.shape), stage.mixed_seed(0, epoch, step)))
+        return drawn
 
     task.batch = batch
     return task
@@ -313,8 +307,8 @@ def test_a_mask_of_bytes_drops_the_share_it_should(dataset):
 @pytest.mark.parametrize("extra", [None, torch.tensor([119, 0, 125, 125, 209])])
 def test_padding_adds_nodes_that_nothing_looks_at(dataset, extra):
     users, candidates = torch.tensor([3, 9, 3]), torch.tensor([[0, 4, 7], [80, 2, 2], [5, 0, 1]])
-    batch = stage.node_batch(users, candidates, dataset.num_users, extra)
-    more = batch.padded(dataset.num_users, dataset.num_items)
+    sizes = dataset.num_users, dataset.num_items
+    batch, more = (stage.node_batch(users, candidates, *sizes, extra, multiple=m) for m in (1, stage.SIZE))
     assert more.num_users == len(more.rows) - more.num_users == len(more.touched) == stage.SIZE
     assert (more.rows[: more.num_users] < dataset.num_users).all() and (
         more.rows[more.num_users :] >= dataset.num_users
@@ -326,15 +320,12 @@ def test_padding_adds_nodes_that_nothing_looks_at(dataset, extra):
     for rows, counts in ((more.touched, more.counts), (more.rows, more.all_counts)):
         one = weight.index_add(0, rows, counts)
         assert torch.equal(one, weight.index_add(0, batch.touched, batch.counts))
-    same = more.padded(dataset.num_users, dataset.num_items)
-    assert all(
-        torch.equal(a, b) if torch.is_tensor(a) else a == b for a, b in zip(parts(more), parts(same), strict=True)
-    )
 
 
 def test_a_batch_of_nothing_is_padded_too():
-    batch = stage.node_batch(torch.empty(0, dtype=torch.int64), torch.empty(0, 2, dtype=torch.int64), 5)
-    assert len(batch.padded(5, 4).rows) == 0 and len(batch.padded(0, 4).rows) == 0
+    nothing = torch.empty(0, dtype=torch.int64), torch.empty(0, 2, dtype=torch.int64)
+    for sizes in ((5, 4), (0, 4), (5, 0), (0, 0)):
+        assert len(stage.node_batch(*nothing, *sizes, multiple=64).rows) == 0, sizes
 
 
 def test_parts_and_rebuilt_are_inverse(dataset):

@@ -266,27 +266,40 @@ def test_unsorted_rows_and_duplicates_are_sorted_and_merged():
     assert messy.indices.tolist() == [4, 2, 4, 0, 1]
 
 
-def test_compact_is_unique_and_its_inverse():
+@pytest.mark.parametrize("multiple", [1, 16, 100])
+@pytest.mark.parametrize(
+    ("num_users", "num_items", "size", "width", "extra"),
+    [
+        (50, 70, 40, 5, 9), (64, 128, 200, 1, 0), (1, 1, 1, 2, None), (5, 5, 0, 3, 2), (3, 200, 7, 0, 5), (130, 2, 64, 2, 1),
+        (64, 64, 300, 3, 300),
+    ],
+)  # fmt: skip
+def test_compact_is_unique_and_its_inverse(num_users, num_items, size, width, extra, multiple, host_isa):
     rng = np.random.default_rng(0)
-    for num_users, num_items, size, width, extra in (
-        (50, 70, 40, 5, 9),
-        (64, 128, 200, 1, 0),
-        (1, 1, 1, 2, None),
-        (5, 5, 0, 3, 2),
-    ):
-        users, candidates = rng.integers(0, num_users, size), rng.integers(0, num_items, (size, width))
-        nodes = None if extra is None else rng.integers(0, num_users + num_items, extra)
-        rows, first_item, local_users, local, counts, where = _host.compact(
-            users, candidates, num_users, num_items, nodes
-        )
-        ids = [users, (candidates + num_users).ravel(), [] if nodes is None else nodes]
-        assert np.array_equal(rows, np.unique(np.concatenate(ids)))
-        assert first_item == (rows < num_users).sum()
-        assert np.array_equal(rows[local_users], users)
-        assert np.array_equal(rows[local + first_item], candidates + num_users)
-        assert where is None if nodes is None else np.array_equal(rows[where], nodes)
-        touched = np.concatenate([local_users, (local[:, :2] + first_item).ravel()])
-        assert counts.dtype == np.float32 and np.array_equal(counts, np.bincount(touched, minlength=len(rows)))
+    users, candidates = rng.integers(0, num_users, size), rng.integers(0, num_items, (size, width))
+    nodes = None if extra is None else rng.integers(0, num_users + num_items, extra)
+    rows, first_item, local_users, local, where, counts, touched, touched_counts = _host.compact(
+        users, candidates, num_users, num_items, nodes, multiple
+    )
+    ids = [users, (candidates + num_users).ravel(), [] if nodes is None else nodes]
+    distinct = np.unique(np.concatenate(ids).astype(np.int64))
+    own, items = distinct[distinct < num_users], distinct[distinct >= num_users]
+    assert (
+        first_item == len(own) + -len(own) % multiple and len(rows) - first_item == len(items) + -len(items) % multiple
+    )
+    assert np.array_equal(rows[: len(own)], own) and np.array_equal(rows[first_item:][: len(items)], items)
+    filling = rows[len(own) : first_item], rows[first_item + len(items) :] - num_users  # any of their kind
+    assert all(np.array_equal(f, np.arange(len(f)) % n) for f, n in zip(filling, (num_users, num_items), strict=True))
+    assert np.array_equal(rows[local_users], users)
+    assert np.array_equal(rows[local + first_item], candidates + num_users)
+    assert np.array_equal(rows[where], [] if nodes is None else nodes)
+    seen = np.concatenate([local_users, (local[:, :2] + first_item).ravel()])
+    assert counts.dtype == np.float32 and np.array_equal(counts, np.bincount(seen, minlength=len(rows)))
+    known = np.flatnonzero(counts)
+    assert np.array_equal(touched[: len(known)], rows[known])
+    assert np.array_equal(touched_counts[: len(known)], counts[known]) and not touched_counts[len(known) :].any()
+    assert len(touched) == len(touched_counts) == len(known) + -len(known) % multiple
+    assert touched.min(initial=0) >= 0 and touched.max(initial=0) < num_users + num_items
 
 
 @pytest.mark.parametrize(
@@ -298,6 +311,7 @@ def test_compact_is_unique_and_its_inverse():
         ({"candidates": [0, 1]}, "candidates: expected 2 dimension"),
         ({"extra": [8]}, "extra: entry 0 is 8, expected"),
         ({"num_items": -1}, "num_items: expected >= 0"),
+        ({"multiple": 0}, "multiple: expected 1 to"),
     ],
 )
 def test_compact_refuses(change, message):

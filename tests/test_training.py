@@ -164,7 +164,7 @@ def test_embedding_kd_counts_a_modality_as_list_kd_does(dataset, tmp_path):
 def test_node_batch_and_l2_against_plain_indexing(dtype, held):
     graph = BipartiteGraph.from_edges([0, 1, 2, 3], [0, 1, 2, 0], 4, 3)
     users, candidates = torch.tensor([1, 3, 1]), torch.tensor([[1, 0, 2], [0, 2, 2], [1, 1, 0]])
-    batch = node_batch(users, candidates, 4, extra=torch.tensor([0, 6]))
+    batch = node_batch(users, candidates, 4, 3, extra=torch.tensor([0, 6]))
     assert torch.equal(batch.rows[: batch.num_users][batch.users], users)
     assert torch.equal(batch.rows[batch.num_users :][batch.candidates] - 4, candidates)
     model = LightGCN(graph, initial_table(7, 5, "normal", torch.Generator().manual_seed(0)).to(dtype), 1)

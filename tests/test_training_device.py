@@ -20,7 +20,7 @@ from mmkd.models.teacher import Teacher
 from mmkd.training.baseline_task import BaselineTask
 from mmkd.training.collapse import FrozenTeacher
 from mmkd.training.recorded import RandomBytes
-from mmkd.training.stage import Stage
+from mmkd.training.stage import SIZE, Stage
 from mmkd.training.tasks import LightGCNTask, StudentTask, TeacherTask
 from mmkd.training.trainer import pick_device
 
@@ -100,7 +100,7 @@ def test_every_step_keeps_to_the_gpu(dataset, amp, norm, monkeypatch):
     real, elsewhere = tasks_of(graph, weights), graph.to(GPU)
     expected, batches = {t.name: set(t.step(0, 0)) for t in real}, {}
     for task in real:
-        task.graph = elsewhere  # batches are what they are for a graph there
+        task.graph, task.multiple = elsewhere, SIZE  # batches are what they are for a graph there
         batches[task.name] = task._batch(0, 0)
     monkeypatch.setattr(backends, "resolve", lambda op, x, impl="auto": "cuda")
     monkeypatch.setattr(RandomBytes, "fill", lambda self, out: out.fill_(0))  # no generator is of a device that is none

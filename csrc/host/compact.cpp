@@ -1,51 +1,44 @@
 #include "host/compact.h"
 
-#include <algorithm>
-
 #include "host/check.h"
 
 namespace mmkd::host {
-Compact::Compact(const BatchView& b) : num_users_(b.num_users) {
+namespace {
+
+// Words that hold a bit for each of `nodes` and one more.
+int64_t words_of(int64_t nodes) { return nodes / 64 + 1; }
+
+int64_t missing(int64_t n, int64_t multiple) { return (multiple - n % multiple) % multiple; }
+
+void check(const BatchView& b, int64_t multiple) {
   if (b.num_users < 0 || b.num_items < 0) {
     refuse("num_users, num_items: expected >= 0, got ", b.num_users, " and ", b.num_items);
   }
+  if (multiple < 1 || multiple > 1 << 30) refuse("multiple: expected 1 to 2^30, got ", multiple);
   check_ids("users", b.users, b.size, b.num_users);
   check_ids("candidates", b.candidates, b.size * b.width, b.num_items);
   check_ids("extra", b.extra, b.num_extra, b.num_users + b.num_items);
-  const int64_t words = (b.num_users + b.num_items) / 64 + 1;
-  bits_.assign(words, 0);
-  for (int64_t i = 0; i < b.size; ++i) mark(b.users[i]);
-  for (int64_t i = 0; i < b.size * b.width; ++i) mark(num_users_ + b.candidates[i]);
-  for (int64_t i = 0; i < b.num_extra; ++i) mark(b.extra[i]);
-  rank();
 }
 
-void Compact::rank() {
-  rank_.assign(bits_.size() + 1, 0);
-  for (size_t w = 0; w < bits_.size(); ++w) rank_[w + 1] = rank_[w] + __builtin_popcountll(bits_[w]);
-}
+}  // namespace
 
-void Compact::rows(int64_t* out) const {
-  for (size_t w = 0; w < bits_.size(); ++w) {
-    for (uint64_t left = bits_[w]; left; left &= left - 1) {
-      *out++ = static_cast<int64_t>(w) * 64 + __builtin_ctzll(left);
-    }
+Compact::Compact(const BatchView& b, int64_t multiple) {
+  check(b, multiple);
+  all_.assign(words_of(b.num_users + b.num_items), 0);
+  touched_ = all_;
+  rank_.assign(all_.size() + 1, 0);
+  num_touched_ = MMKD_ON_ISA(mark_nodes(b, bits()));
+  const int64_t word = b.num_users >> 6;
+  const uint64_t below = (uint64_t{1} << (b.num_users & 63)) - 1;
+  num_own_ = rank_[word] + __builtin_popcountll(all_[word] & below);
+  if (b.num_users && b.num_items) {
+    filling_ = {missing(num_own_, multiple), missing(rank_.back() - num_own_, multiple),
+                missing(num_touched_, multiple)};
   }
 }
 
-void Compact::localise(const BatchView& b, int64_t* users, int64_t* candidates, int64_t* extra, float* counts) const {
-  const int64_t first_item = num_local_users();
-  std::fill_n(counts, num_rows(), 0.0f);
-  for (int64_t i = 0; i < b.size; ++i) {
-    users[i] = position(b.users[i]);
-    counts[users[i]] += 1;
-    for (int64_t k = 0; k < b.width; ++k) {
-      const int64_t where = position(num_users_ + b.candidates[i * b.width + k]);
-      candidates[i * b.width + k] = where - first_item;
-      if (k < 2) counts[where] += 1;
-    }
-  }
-  for (int64_t i = 0; i < b.num_extra; ++i) extra[i] = position(b.extra[i]);
+void Compact::localise(const BatchView& b, const Localised& out) {
+  MMKD_ON_ISA(localise_nodes(b, bits(), num_own_, filling_, out));
 }
 
 }  // namespace mmkd::host

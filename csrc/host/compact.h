@@ -3,42 +3,30 @@
 #include <cstdint>
 #include <vector>
 
+#include "host/compact_kernel.h"
+
 namespace mmkd::host {
 
-struct BatchView {
-  const int64_t* users;       // [size]
-  const int64_t* candidates;  // [size, width]
-  const int64_t* extra;       // [num_extra] node ids
-  int64_t size, width, num_extra;
-  int64_t num_users, num_items;
-};
-
-// Nodes are users 0..num_users-1, then items.
 class Compact {
  public:
+  // Users, items and touched nodes are filled up to multiples of `multiple`, where there are any to fill up with.
   // Refuses an id out of range.
-  explicit Compact(const BatchView& batch);
+  Compact(const BatchView& batch, int64_t multiple);
 
-  int64_t num_rows() const { return rank_.back(); }
-  int64_t num_local_users() const { return position(num_users_); }
+  int64_t num_rows() const { return rank_.back() + filling_.users + filling_.items; }
+  int64_t num_local_users() const { return num_own_ + filling_.users; }
+  int64_t num_touched() const { return num_touched_ + filling_.touched; }
 
-  // rows [num_rows], ascending node ids.
-  void rows(int64_t* out) const;
-  // users [size] and candidates [size, width] as positions among the users and among the items of `rows`; extra
-  // [num_extra] as positions in `rows`; counts [num_rows]: how often a row stands in (user, candidate 0, candidate 1).
-  void localise(const BatchView& batch, int64_t* users, int64_t* candidates, int64_t* extra, float* counts) const;
+  // rows: ascending users, ascending items; those that fill up behind either.
+  void localise(const BatchView& batch, const Localised& out);
 
  private:
-  void mark(int64_t node) { bits_[node >> 6] |= uint64_t{1} << (node & 63); }
-  void rank();
-  // How many marked nodes are below `node`.
-  int64_t position(int64_t node) const {
-    return rank_[node >> 6] + __builtin_popcountll(bits_[node >> 6] & ((uint64_t{1} << (node & 63)) - 1));
-  }
+  NodeBits bits() { return {all_.data(), touched_.data(), rank_.data(), static_cast<int64_t>(all_.size())}; }
 
-  int64_t num_users_;
-  std::vector<uint64_t> bits_;  // a bit a node
-  std::vector<int64_t> rank_;   // marked nodes before each word of bits, and in all
+  std::vector<uint64_t> all_, touched_;
+  std::vector<int64_t> rank_;
+  int64_t num_own_ = 0, num_touched_ = 0;
+  Filling filling_{};
 };
 
 }  // namespace mmkd::host

@@ -105,7 +105,7 @@ py::tuple py_batch(const Sampler& sampler, uint64_t seed, uint32_t epoch, uint32
 }
 
 py::tuple py_compact(const Array<int64_t>& users, const Array<int64_t>& candidates, int64_t num_users,
-                     int64_t num_items, const std::optional<Array<int64_t>>& extra) {
+                     int64_t num_items, const std::optional<Array<int64_t>>& extra, int64_t multiple) {
   check_rank(users, "users", 1);
   check_rank(candidates, "candidates", 2);
   if (candidates.shape(0) != users.size()) {
@@ -120,22 +120,23 @@ py::tuple py_compact(const Array<int64_t>& users, const Array<int64_t>& candidat
                         extra ? extra->size() : 0,
                         num_users,
                         num_items};
+  isa();  // a wrong MMKD_CPU_ISA raises here
   std::optional<Compact> compact;
   {
     const py::gil_scoped_release released;
-    compact.emplace(batch);
+    compact.emplace(batch, multiple);
   }
   py::array_t<int64_t> rows(compact->num_rows()), own(batch.size), local({batch.size, batch.width});
-  py::array_t<int64_t> others(batch.num_extra);
-  py::array_t<float> counts(compact->num_rows());
+  py::array_t<int64_t> others(batch.num_extra), touched(compact->num_touched());
+  py::array_t<float> counts(compact->num_rows()), touched_counts(compact->num_touched());
+  const Localised out{rows.mutable_data(),          own.mutable_data(),    local.mutable_data(),
+                      others.mutable_data(),        counts.mutable_data(), touched.mutable_data(),
+                      touched_counts.mutable_data()};
   {
-    int64_t *r = rows.mutable_data(), *u = own.mutable_data(), *c = local.mutable_data(), *e = others.mutable_data();
-    float* n = counts.mutable_data();
     const py::gil_scoped_release released;
-    compact->rows(r);
-    compact->localise(batch, u, c, e, n);
+    compact->localise(batch, out);
   }
-  return py::make_tuple(rows, compact->num_local_users(), own, local, counts, extra ? py::object(others) : py::none());
+  return py::make_tuple(rows, compact->num_local_users(), own, local, others, counts, touched, touched_counts);
 }
 
 }  // namespace
@@ -158,12 +159,15 @@ PYBIND11_MODULE(_host, m) {
         "The transposed pattern as (rowptr int64 [num_cols + 1], col int32 [nnz]), columns ascending.");
   m.def("csr_rows", &py_csr_rows, arg("rowptr").noconvert(), arg("col").noconvert(), arg("rows").noconvert(),
         "Rows `rows` (int64 [n], any order) of a pattern, as (rowptr int64 [n + 1], col int32 [their entries]).");
-  m.def("compact", &py_compact, arg("users").noconvert(), arg("candidates").noconvert(), arg("num_users"),
-        arg("num_items"), arg("extra").noconvert() = py::none(),
-        "The nodes of a batch, each once: (rows int64 [n] ascending, number of users among them, users [B] and "
-        "candidates "
-        "[B, K] as positions among the users and the items of rows, counts float32 [n] of (user, candidates 0 and 1), "
-        "extra nodes as positions in rows or None).");
+  m.def(
+      "compact", &py_compact, arg("users").noconvert(), arg("candidates").noconvert(), arg("num_users"),
+      arg("num_items"), arg("extra").noconvert() = py::none(), arg("multiple") = 1,
+      "The nodes of a batch, each once: (rows int64 [n], number of users among them, users [B] and candidates [B, K] "
+      "as "
+      "positions among the users and the items of rows, extra nodes as positions in rows, counts float32 [n] of (user, "
+      "candidates 0 and 1), the nodes that have a count, their counts). Users and items ascend. Behind either, and "
+      "behind "
+      "the nodes with a count, come nodes without one that fill up to a multiple of `multiple`.");
   m.def(
       "set_cpu_isa", [](const std::string& name) { mmkd::set_isa(name.c_str()); }, arg("name"),
       "Draws with the kernels of that instruction set; an empty name goes back to the best one.");

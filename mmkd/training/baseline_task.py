@@ -20,7 +20,8 @@ class BaselineTask:
         self._epoch: int | None = None
 
     def _batch(self, epoch: int, step: int) -> NodeBatch:
-        return node_batch(*to_tensors(self.sampler.batch(epoch, step)), self.model.graph.num_users)
+        graph = self.model.graph
+        return node_batch(*to_tensors(self.sampler.batch(epoch, step)), graph.num_users, graph.num_items)
 
     def optimizer(self) -> torch.optim.Optimizer:
         rest = [p for name, p in self.model.named_parameters() if name != "table"]

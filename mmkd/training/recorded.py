@@ -2,7 +2,7 @@
 
 A step of a small model is hundreds of kernels of a few microseconds; launching them from Python takes longer than they do.
 A graph is replayed in one call, over the same memory, so what a step is given is copied into tensors that stay: batches
-come in a few sizes (:meth:`mmkd.training.stage.NodeBatch.padded`), and each has a recording of its own.
+come in a few sizes (:func:`mmkd.training.stage.node_batch`), and each has a recording of its own.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from mmkd import _host, ops
 from mmkd.config import Config, StageConfig
 from mmkd.data import Dataset
-from mmkd.data.sampling import Sampler
+from mmkd.data.sampling import Batch, Sampler
 from mmkd.evaluation import evaluate
 from mmkd.memory import release
 from mmkd.training.best import BestWeights
@@ -41,7 +41,7 @@ _START = {
     "epoch": 0, "step": 0, "best_epoch": 0, "best_metric": None, "bad": 0, "seconds": 0.0, "finished": False,
 }  # fmt: skip
 
-SIZE = 1024  # users and items of a padded batch come in multiples of this
+SIZE = 1024  # users and items of a batch come in multiples of this on a GPU
 
 T = TypeVar("T")
 
@@ -55,7 +55,7 @@ class NodeBatch:
     """One batch as a step uses it: the nodes it touches, each once, and where its users and items are among them.
 
     Attributes:
-        rows: int64 `[n]`, node ids, ascending: `num_users` users, then items.
+        rows: int64 `[n]`, node ids: `num_users` users, then items; either ascending, each once, unless filled up.
         users: int64 `[B]`, positions among the users of `rows`.
         candidates: int64 `[B, K]`, positions among the items of `rows`; column 0 the observed item, 1 BPR's negative.
         extra: int64, positions in `rows` of the further nodes asked for, in their order.
@@ -84,36 +84,6 @@ class NodeBatch:
     def neg(self) -> Tensor:
         return self.candidates[:, 1]
 
-    def padded(self, num_users: int, num_items: int, multiple: int = SIZE) -> NodeBatch:
-        """The same batch with `rows` and `touched` filled up by nodes that no loss looks at and no weight counts: few sizes
-        where there was one a step. `rows` no longer ascend.
-
-        Args:
-            num_users, num_items: of the graph; users are filled up with users, items with items.
-            multiple: of users, of items and of `touched` that there then are.
-        """
-        if not num_users or not num_items:
-            return self
-        own, extra = self.num_users, self.extra.numpy()
-        users, items, touched = (-n % multiple for n in (own, len(self.rows) - own, len(self.touched)))  # to be added
-
-        def filled(values: Tensor, of_users: np.ndarray, of_items: np.ndarray) -> np.ndarray:
-            return np.concatenate([values.numpy()[:own], of_users, values.numpy()[own:], of_items])
-
-        none = np.zeros(multiple, np.float32)
-        rows, extra, nodes, counts, all_counts = map(
-            torch.from_numpy,
-            (
-                filled(self.rows, np.arange(users) % num_users, num_users + np.arange(items) % num_items),
-                extra + users * (extra >= own),
-                np.concatenate([self.touched.numpy(), np.arange(touched) % (num_users + num_items)]),
-                np.concatenate([self.counts.numpy(), none[:touched]]),
-                filled(self.all_counts, none[:users], none[:items]),
-            ),
-        )
-        at = self.users, self.candidates, extra, self.shared, self.owned
-        return NodeBatch(rows, own + users, *at, nodes, counts, all_counts)
-
     def split(self, table: Tensor) -> tuple[Tensor, Tensor]:
         """A table `[n, w]` of `rows` as its users and its items."""
         return table.split([self.num_users, table.shape[0] - self.num_users])
@@ -127,25 +97,31 @@ class NodeBatch:
 
 
 def node_batch(
-    users: Tensor, candidates: Tensor, num_users: int, extra: Tensor | None = None, device: torch.device | str = "cpu",
-    shared: SharedItems = NO_SHARED_ITEMS,
+    users: Tensor, candidates: Tensor, num_users: int, num_items: int, extra: Tensor | None = None,
+    shared: SharedItems = NO_SHARED_ITEMS, multiple: int = 1,
 ) -> NodeBatch:  # fmt: skip
-    """Maps global user and item ids (on the CPU) to the compact table of the nodes involved; `extra` adds node ids.
+    """Maps user and item ids (on the CPU) of a graph of `num_users` and `num_items` to the compact table of the nodes
+    involved, on the CPU, so that no step waits for a GPU.
 
-    Worked out where the ids are (on the CPU, so that no step waits for a GPU), then moved to `device`.
+    Args:
+        users: int64 `[B]`. candidates: int64 `[B, K]`. extra: further node ids. shared: see :class:`NodeBatch`.
+        multiple: users, items and `touched` are filled up to multiples of this, by nodes that no loss looks at and no weight
+            counts, behind the others: few sizes where there was one a step. `rows` no longer ascend then.
+
+    Raises:
+        ValueError: an id out of range.
     """
-    known = 0 if extra is None else len(extra)
-    further = np.concatenate([np.empty(0, np.int64) if extra is None else extra.numpy(), shared.items + num_users])
-    ids = candidates.numpy()
-    num_items = 1 + int(max(ids.max(initial=-1), further.max(initial=num_users - 1) - num_users))
-    rows, first_item, own, local, counts, where = _host.compact(users.numpy(), ids, num_users, num_items, further)
-    touched = np.flatnonzero(counts)
-    nodes = NodeBatch(
-        *(torch.from_numpy(rows), first_item, torch.from_numpy(own), torch.from_numpy(local)),
-        torch.from_numpy(where[:known]), torch.from_numpy(where[known:] - first_item), torch.from_numpy(shared.owned),
-        torch.from_numpy(rows[touched]), torch.from_numpy(counts[touched]), torch.from_numpy(counts),
-    )  # fmt: skip
-    return nodes.to(torch.device(device))
+    further, known = (None, 0) if extra is None else (extra.numpy(), len(extra))
+    if len(shared.items):
+        asked = shared.items + num_users
+        further = asked if further is None else np.concatenate([further, asked])
+    found = _host.compact(users.numpy(), candidates.numpy(), num_users, num_items, further, multiple)
+    first_item = found[1]
+    rows, own, local, where, counts, touched, weights = map(torch.from_numpy, (found[0], *found[2:]))
+    ranked = where[known:] - first_item if len(shared.items) else where[known:]
+    return NodeBatch(
+        rows, first_item, own, local, where[:known], ranked, torch.from_numpy(shared.owned), touched, weights, counts
+    )
 
 
 def add_l2(model: Propagated, batch: NodeBatch, weight: float) -> Tensor:
@@ -468,6 +444,6 @@ def batches(dataset: Dataset, settings: StageConfig, negatives: int, seed: int, 
     return Sampler(dataset.train, negatives, settings.batch_size, seed, draw=draw)
 
 
-def to_tensors(batch) -> tuple[Tensor, Tensor]:
+def to_tensors(batch: Batch) -> tuple[Tensor, Tensor]:
     """A sampled batch as users `[B]` and candidates `[B, K]` (observed item first), on the CPU."""
-    return torch.from_numpy(batch.users), torch.from_numpy(np.concatenate([batch.pos[:, None], batch.neg], 1))
+    return torch.from_numpy(batch.users), torch.from_numpy(batch.candidates)

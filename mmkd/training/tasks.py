@@ -19,30 +19,50 @@ from mmkd.training.collapse import FrozenTeacher
 from mmkd.training.optim import PropagatedAdamW
 from mmkd.training.ranking import SharedNegatives, ranking_loss
 from mmkd.training.recorded import RandomBytes, Recordable
-from mmkd.training.stage import Ahead, NodeBatch, add_l2, batches, mixed_seed, node_batch, seeded, to_tensors
+from mmkd.training.stage import SIZE, Ahead, NodeBatch, add_l2, batches, mixed_seed, node_batch, seeded, to_tensors
 
 
-def _sized(batch: NodeBatch, graph: BipartiteGraph) -> NodeBatch:
-    """On a GPU batches come in few sizes, so that their steps can be recorded."""
-    return batch if graph.device.type == "cpu" else batch.padded(graph.num_users, graph.num_items)
+class _NodesTask(Recordable):
+    """A task whose steps use a compact table of the batch's nodes.
+
+    Attributes:
+        multiple: what users and items of a batch are filled up to. On a GPU batches come in few sizes, so that their steps
+            can be recorded.
+    """
+
+    graph: BipartiteGraph
+    sampler: Sampler
+    shared: SharedNegatives
+
+    def _draw_from(
+        self, dataset: Dataset, graph: BipartiteGraph, settings: StageConfig, sampler: Sampler, seed: int
+    ) -> None:
+        self.graph, self.sampler = graph, sampler
+        self.shared = SharedNegatives(dataset.train, settings.shared_negatives, seed)
+        on_cpu = graph.device.type == "cpu"
+        self.multiple = 1 if on_cpu else SIZE
+        # A GPU works while the host draws; a thread more would only wait for Python's lock.
+        self.batch = Ahead(self._batch, sampler.num_steps) if on_cpu else self._batch
+
+    def _nodes(
+        self, epoch: int, step: int, users: Tensor, candidates: Tensor, extra: Tensor | None = None
+    ) -> NodeBatch:
+        sizes, shared = (self.graph.num_users, self.graph.num_items), self.shared(epoch, step, users)
+        return node_batch(users, candidates, *sizes, extra, shared, self.multiple)
 
 
-class LightGCNTask(Recordable):
+class LightGCNTask(_NodesTask):
     """`L = ranking + L2` on a plain LightGCN; the ranking loss is BPR (spec section 4) unless negatives are shared."""
 
     def __init__(
         self, model: LightGCN, settings: StageConfig, dataset: Dataset, graph: BipartiteGraph, seed: int,
         name: str = "lightgcn", sampler: Sampler | None = None,
     ) -> None:  # fmt: skip
-        self.name, self.model, self.settings, self.graph = name, model, settings, graph
-        self.sampler = sampler or batches(dataset, settings, 1, seed)
-        self.shared = SharedNegatives(dataset.train, settings.shared_negatives, seed)
-        self.batch = Ahead(self._batch, self.sampler.num_steps)
+        self.name, self.model, self.settings = name, model, settings
+        self._draw_from(dataset, graph, settings, sampler or batches(dataset, settings, 1, seed), seed)
 
     def _batch(self, epoch: int, step: int) -> NodeBatch:
-        users, candidates = to_tensors(self.sampler.batch(epoch, step))
-        batch = node_batch(users, candidates, self.graph.num_users, shared=self.shared(epoch, step, users))
-        return _sized(batch, self.graph)
+        return self._nodes(epoch, step, *to_tensors(self.sampler.batch(epoch, step)))
 
     def optimizer(self) -> torch.optim.Optimizer:
         return PropagatedAdamW(self.model, [{"params": [self.model.table]}], self.settings.lr)
@@ -80,7 +100,7 @@ class TeacherBatch:
         return TeacherBatch(self.nodes.to(device), None, None if self.mask is None else self.mask.to(device))
 
 
-class TeacherTask(Recordable):
+class TeacherTask(_NodesTask):
     """`BPR(E^T) + mu sum_m BPR(F^m) + nu BPR(p, R̂p) + L2` (spec section 3), dropout on the projected features.
 
     With shared negatives the first two are softmax losses over them (:func:`mmkd.training.ranking.ranking_loss`).
@@ -89,10 +109,8 @@ class TeacherTask(Recordable):
     name = "teacher"
 
     def __init__(self, model: Teacher, config: Config, dataset: Dataset, graph: BipartiteGraph) -> None:
-        self.model, self.config, self.settings, self.graph = model, config, config.teacher, graph
-        self.sampler = batches(dataset, config.teacher, 1, config.seed)
-        self.shared = SharedNegatives(dataset.train, config.teacher.shared_negatives, config.seed)
-        self.batch = Ahead(self._batch, self.sampler.num_steps)
+        self.model, self.config, self.settings = model, config, config.teacher
+        self._draw_from(dataset, graph, self.settings, batches(dataset, self.settings, 1, config.seed), config.seed)
 
     def optimizer(self) -> torch.optim.Optimizer:
         dense = [*self.model.weights, *self.model.biases, *self.model.prompt.parameters()]
@@ -100,10 +118,9 @@ class TeacherTask(Recordable):
         return PropagatedAdamW(self.model, groups, self.settings.lr)
 
     def _batch(self, epoch: int, step: int) -> TeacherBatch:
-        users, candidates = to_tensors(self.sampler.batch(epoch, step))
-        batch = node_batch(users, candidates, self.graph.num_users, shared=self.shared(epoch, step, users))
+        batch = self._nodes(epoch, step, *to_tensors(self.sampler.batch(epoch, step)))
         if self.graph.device.type != "cpu":
-            return TeacherBatch(_sized(batch, self.graph), None, self._mask(epoch, step))
+            return TeacherBatch(batch, None, self._mask(epoch, step))
         items = batch.rows[batch.num_users :] - self.graph.num_users
         return TeacherBatch(batch, self.graph.item_rows(items), self._mask(epoch, step))
 
@@ -184,7 +201,7 @@ class StudentBatch:
         return StudentBatch(self.nodes.to(device), self.candidates.to(device), self.asked.to(device))
 
 
-class StudentTask(Recordable):
+class StudentTask(_NodesTask):
     """`L = BPR + λ2 PairKD + λ3 ListKD + λ4 EmbKD + L2` (paper, Eq. 12) over the compact table of the batch's own rows.
 
     With shared negatives BPR gives way to :func:`mmkd.training.ranking.ranking_loss` over them.
@@ -197,7 +214,7 @@ class StudentTask(Recordable):
         modality_weights: Tensor,
     ) -> None:  # fmt: skip
         self.student, self.teacher, self.config, self.settings = student, teacher, config, config.student
-        self.graph, self.modality_weights = graph, modality_weights
+        self.modality_weights = modality_weights
         self.emb_modalities = modality_weights * len(modality_weights)  # a sum over modalities, ListKD's a mean
         self.distill = config.distill
         by = self.distill.pair, self.distill.list, self.distill.emb
@@ -207,9 +224,8 @@ class StudentTask(Recordable):
         for parameter in teacher.prompt.parameters():
             parameter.requires_grad_(self.learn_prompt)
         negatives = self.distill.negatives if self.distill.list else 1
-        self.sampler = batches(dataset, config.student, negatives, config.seed + 1)
-        self.shared = SharedNegatives(dataset.train, config.student.shared_negatives, config.seed + 1)
-        self.batch = Ahead(self._batch, self.sampler.num_steps)
+        sampler, seed = batches(dataset, self.settings, negatives, config.seed + 1), config.seed + 1
+        self._draw_from(dataset, graph, self.settings, sampler, seed)
 
     def optimizer(self) -> torch.optim.Optimizer:
         groups = [{"params": list(self.student.parameters())}]
@@ -223,8 +239,7 @@ class StudentTask(Recordable):
         asked = [users, candidates[:, 0] + nodes, candidates[:, 1] + nodes]
         if extra is not None:
             asked.append(extra)
-        batch = node_batch(users, candidates, nodes, extra, shared=self.shared(epoch, step, users))
-        return StudentBatch(_sized(batch, self.graph), candidates, torch.cat(asked))
+        return StudentBatch(self._nodes(epoch, step, users, candidates, extra), candidates, torch.cat(asked))
 
     def _emb_nodes(self, epoch: int, step: int) -> Tensor | None:
         """Node ids EmbKD looks at: all, or a uniform sample with replacement (an unbiased estimate of the mean)."""
