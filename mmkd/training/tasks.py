@@ -39,10 +39,8 @@ class _NodesTask(Recordable):
     ) -> None:
         self.graph, self.sampler = graph, sampler
         self.shared = SharedNegatives(dataset.train, settings.shared_negatives, seed)
-        on_cpu = graph.device.type == "cpu"
-        self.multiple = 1 if on_cpu else SIZE
-        # A GPU works while the host draws; a thread more would only wait for Python's lock.
-        self.batch = Ahead(self._batch, sampler.num_steps) if on_cpu else self._batch
+        self.multiple = 1 if graph.device.type == "cpu" else SIZE
+        self.batch = Ahead(self._batch, sampler.num_steps)
 
     def _nodes(
         self, epoch: int, step: int, users: Tensor, candidates: Tensor, extra: Tensor | None = None
