@@ -29,7 +29,7 @@ OPS = {
     "frozen_teacher": ("frozen_teacher", "frozen_teacher_backward"),
 }
 # off the CPU the doors of these compose library products and other ops
-CPU_ONLY = ("propagate_mixed", "propagate_adamw", "frozen_teacher", "distill", "distill_frozen")
+CPU_ONLY = ("propagate_mixed", "propagate_adamw", "frozen_teacher", "distill_frozen")
 ORDER = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
 # what is known of the GPU kernels' speed: docs/performance.md
 TIMED_ON = "timed on an H100, not yet on other GPUs"

@@ -120,7 +120,10 @@ def differentiable_loss(ns: str, name: str, places: tuple[int, ...]) -> None:
             for place, t in zip(ctx.places, ctx.saved_tensors, strict=True):
                 arguments[place] = t
             grads = getattr(ops, name)(*arguments)[2:]
-        return list(grads) if grad.item() == 1 else [g.mul_(grad) for g in grads]
+        if grad.device.type == "cpu" and grad.item() == 1:
+            return list(grads)
+        torch._foreach_mul_([g for g in grads if g.numel()], grad)  # on a GPU nothing waits for what `grad` is
+        return list(grads)
 
     def make_backward(ops) -> Callable:
         def backward(ctx, grad, *_others):

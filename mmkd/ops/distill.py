@@ -49,8 +49,8 @@ def distill_loss(
         weights: of the four, `>= 0`; the defaults are those of `mmkd train`.
         pair_tau, pair_kind, alpha, beta, list_tau, list_weight, gamma: as the losses' own `tau`, `kind`, `weight`, `gamma`.
         list_modalities, emb_modalities: `[M]`, weights of the modalities in ListKD (1/M each if not given) and in EmbKD (1).
-        impl: `auto`, `reference` or `cpp` (float32 and float64, at most 16 modalities in EmbKD). In 16 bits and off the CPU
-            `auto` is :func:`composed`.
+        impl: `auto`, `reference`, `cpp` (float32 and float64, at most 16 modalities in EmbKD) or `cuda`. In 16 bits on a CPU, and
+            on a GPU under `torch.use_deterministic_algorithms` (the kernel adds by atomics), it is :func:`composed`.
 
     Returns:
         The loss, a scalar (float32; float64 for float64 tables), and `[4]`, BPR, PairKD, ListKD and EmbKD, unweighted,
@@ -68,13 +68,23 @@ def distill_loss(
     sixteen = table.dtype not in (torch.float32, torch.float64)
     if impl == "cpp" and sixteen:
         raise TypeError(f"table: expected float32 or float64 for impl='cpp', got {table.dtype}")
-    if impl == "auto" and (sixteen or table.device.type != "cpu"):
+    if impl == "auto" and not _fusible(table):
         return composed(*arguments, *settings)
     which = backends.resolve("distill", table, impl)
+    if which == "cuda" and torch.are_deterministic_algorithms_enabled():
+        return composed(*arguments, *settings)
     if which == "reference":
         *tensors, by, list_modalities, emb_modalities = arguments
         return reference.distill(*tensors, by, *settings, list_modalities, emb_modalities)
     return _fused(which, *arguments, *settings)
+
+
+def _fusible(table: Tensor) -> bool:
+    """Whether there is a kernel for all losses of such a table at once."""
+    kind = table.device.type
+    if kind == "cpu":
+        return table.dtype in (torch.float32, torch.float64)
+    return kind == "cuda" and backends.why_not("distill", "cuda", kind) is None
 
 
 def _fused(
@@ -247,10 +257,14 @@ def _register(ns: str, ops) -> None:
         return
 
     def fake(table, num_users, users, candidates, margin, logits, nodes, targets, *rest):
+        acc = accumulate_type(table.dtype)
         by = 1.0, *rest[3:6]  # the weights of PairKD, ListKD and EmbKD
         like = zip((table, margin, logits, targets), by, rest[-4:], strict=True)
-        grads = (table.new_empty(t.shape if need and w and t is not None else (0,)) for t, w, need in like)
-        return table.new_empty(()), table.new_empty(4), *grads
+        grads = (
+            table.new_empty(t.shape if need and w and t is not None else (0,), dtype=None if t is None else t.dtype)
+            for t, w, need in like
+        )
+        return table.new_empty((), dtype=acc), table.new_empty(4, dtype=acc), *grads
 
     torch.library.register_fake(f"{ns}::distill", fake)
     differentiable_loss(ns, "distill", (0, 4, 5, 7))  # table, margin, logits, targets

@@ -111,7 +111,9 @@ def composed(student, teacher, by, settings, list_modalities, emb_modalities) ->
         table, num_users, users, candidates, margin, logits, nodes, targets.to(table.dtype), weights=by,
         list_modalities=list_modalities, emb_modalities=emb_modalities, **dict(zip(names, settings, strict=True)),
     )  # fmt: skip
-    return loss + teacher[4][:0].sum(dtype=loss.dtype), terms  # of the state too, where nothing is asked of it
+    if not any(by[1:]):
+        loss = loss + teacher[4][:0].sum(dtype=loss.dtype)  # of the state too, though nothing is asked of it
+    return loss, terms
 
 
 @on_register

@@ -168,6 +168,128 @@ def case_emb_kd(dtype, d, gamma, schedules):
     )  # fmt: skip
 
 
+def batch_of_all(dtype, d, batch=21, k=5, nodes=17, users=9, items=13):
+    """A table of users and items, and what is asked of it."""
+    g = torch.Generator().manual_seed(d + k)
+    acc = accumulator(dtype)
+
+    def random(*shape, kind=acc):
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(kind).requires_grad_()
+
+    index = (
+        torch.randint(0, users, (batch,), generator=g), torch.randint(0, items, (batch, k), generator=g),
+        torch.randint(0, users + items, (nodes,), generator=g),
+    )  # fmt: skip
+    table = (torch.randn(users + items, d, generator=g, dtype=torch.float64) * d**-0.25).to(dtype).requires_grad_()
+    return index, [table, random(batch), random(2, batch, k), random(2, nodes, d, kind=dtype)]
+
+
+def all_losses(index, **settings):
+    users, candidates, nodes = index
+
+    def loss(impl, table, margin, logits, targets):
+        return ops.distill_loss(table, 9, users, candidates, margin, logits, nodes, targets, impl=impl, **settings)[0]
+
+    return loss
+
+
+ALL = {
+    "defaults": {},
+    "numbers": {
+        "weights": (1.0, 2.0, 3.0, 0.5),
+        "pair_tau": 2.0,
+        "list_tau": 0.5,
+        "gamma": 1.5,
+        "alpha": 0.3,
+        "beta": 2.0,
+    },
+    "kinds": {"pair_kind": "positive", "list_weight": "decoupled", "gamma": 2.5, "weights": (0.0, 1.0, 1.0, 1.0)},
+    **{f"only {i}": {"weights": tuple(2.0 * (i == j) for j in range(4))} for i in range(4)},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d", [d for d in DIMS if d > 1])
+@pytest.mark.parametrize("settings", ["defaults", "numbers", "kinds"])
+def case_distill(dtype, d, settings, schedules):
+    index, leaves = batch_of_all(dtype, d)
+    compare(all_losses(index, **ALL[settings]), leaves, dtype, schedules, False, seeds=(1, 2))
+
+
+@pytest.mark.parametrize("settings", [name for name in ALL if name.startswith("only")])
+def case_distill_each_loss_alone(settings, schedules):
+    index, leaves = batch_of_all(torch.float32, 64)
+    only = int(settings[-1])
+    for place, needed in enumerate((True, only == 1, only == 2, only == 3)):
+        leaves[place].requires_grad_(needed)
+    compare(all_losses(index, **ALL[settings]), leaves, torch.float32, schedules, False)
+
+
+@pytest.mark.parametrize("place", range(4))
+def case_distill_each_gradient_alone(place, schedules):
+    index, leaves = batch_of_all(torch.float32, 64)
+    for i, t in enumerate(leaves):
+        t.requires_grad_(i == place)
+    compare(all_losses(index), leaves, torch.float32, schedules, place > 0)
+
+
+@pytest.mark.parametrize(("batch", "k", "nodes"), [(1, 2, 1), (5000, 2, 3), (3, 2000, 2000), (3, 40, 0), (0, 3, 4)])
+def case_distill_sizes(batch, k, nodes, schedules):
+    """More samples and nodes than a grid has warps, and lists that do not fit on the chip."""
+    index, leaves = batch_of_all(torch.float32, 8, batch, k, nodes)
+    for t in leaves:
+        t.requires_grad_(t.numel() > 0)
+    compare(all_losses(index, weights=(1.0, 1.0, 1.0, 1.0)), leaves, torch.float32, schedules, False, seeds=(1,))
+
+
+def case_distill_of_strided_tensors_and_of_a_table_off_16_bytes(schedules):
+    index, (_, margin, logits, targets) = batch_of_all(torch.float32, 64)
+    base = torch.randn(22 * 64 + 1)
+    leaves = [base[1:].view(22, 64).requires_grad_(), margin, logits, targets]
+    compare(all_losses(index), leaves, torch.float32, schedules, False, seeds=(1,))
+    wide = torch.randn(22, 128)[:, ::2].requires_grad_()
+    compare(all_losses(index), [wide, *leaves[1:]], torch.float32, schedules, False, seeds=(1,))
+
+
+def case_distill_without_a_gradient_and_again(schedules):
+    index, leaves = batch_of_all(torch.float32, 64)
+    loss = all_losses(index)
+    total = 3 * loss("cuda", *leaves)
+    first = torch.autograd.grad(total, leaves, retain_graph=True)
+    again = torch.autograd.grad(total, leaves)
+    torch.testing.assert_close(first, again)
+    with torch.no_grad():
+        torch.testing.assert_close(3 * loss("cuda", *leaves), total.detach())
+
+
+def case_distill_in_a_fixed_order_is_composed(deterministic):
+    index, leaves = batch_of_all(torch.float32, 64, batch=60)
+    runs = []
+    for _ in range(3):
+        if not simt.ON_GPU:
+            simt.ops.set_schedule(len(runs))
+        total = all_losses(index)("cuda", *leaves)
+        runs.append([total.detach(), *torch.autograd.grad(total, leaves)])
+    if deterministic:
+        assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+    torch.testing.assert_close(runs[0], runs[1])
+
+
+def case_distill_of_nothing(schedules):
+    index, leaves = batch_of_all(torch.float32, 8, 0, 3, 0)
+    loss = all_losses(index)("cuda", *leaves)
+    loss.backward()
+    assert loss == 0 and not leaves[0].grad.any()
+
+
+@pytest.mark.parametrize(("place", "bad"), [(0, 9), (0, -1), (1, 13), (1, -1), (2, 22), (2, -1)])
+def case_out_of_range_stops_distill(place, bad):
+    index, leaves = batch_of_all(torch.float32, 64)
+    index[place].view(-1)[-1] = bad
+    with pytest.raises(RuntimeError, match="a check in the kernel failed"):
+        all_losses(index)("cuda", *leaves)
+
+
 def case_empty_batches(deterministic):
     u, i = tables(8, torch.float32)
     none, no_lists = torch.empty(0, dtype=torch.int64), torch.empty(0, 4, dtype=torch.int64)
