@@ -134,6 +134,43 @@ def loss_works(name: str, device: str, impls: Callable[[str], list[str]], dtype:
     )
 
 
+def distill_works(name: str, device: str, impls: Callable[[str], list[str]], dtype: torch.dtype) -> Iterator[Work]:
+    """All losses of the student at once, with every gradient, over the rows of the batch."""
+    kind, nodes = str(dtype).removeprefix("torch."), 1024
+    inputs = []
+    for i in range(COPIES):
+        b = cases.batch(name, dtype, seed=i).compact().to(device)
+        table = torch.cat([b.user_emb, b.item_emb]).detach().requires_grad_()
+        targets = torch.randn(cases.NUM_MODALITIES, nodes, cases.DIM, device=device).to(dtype).requires_grad_()
+        learned = (t.detach().clone().requires_grad_() for t in (b.teacher_margin, b.teacher_logits))
+        asked = torch.randint(len(b.user_emb), len(table), (nodes,), device=device)
+        inputs.append((table, *learned, targets, len(b.user_emb), b.users, b.candidates, asked))
+
+    def ours(table, margin, logits, targets, count, users, candidates, asked, impl):
+        return ops.distill_loss(table, count, users, candidates, margin, logits, asked, targets, impl=impl)[0]
+
+    def single(*args):
+        table, margin, logits, targets, count, users, candidates, asked = args
+        own = table.split([count, len(table) - count])
+        terms = (
+            *ops.bpr_pair_kd_loss(*own, users, candidates[:, 0], candidates[:, 1], margin),
+            ops.list_kd_loss(*own, users, candidates, logits),
+            ops.emb_kd_loss(table.index_select(0, asked), targets),
+        )
+        return sum(w * t for w, t in zip((1.0, 0.1, 0.1, 0.01), terms, strict=True))
+
+    def eager(table, margin, logits, targets, count, users, candidates, asked):
+        return reference.distill(
+            table, count, users, candidates, margin, logits, asked, targets, (1.0, 0.1, 0.1, 0.01), 1.0, "bernoulli", 1.0,
+            1.0, 1.0, "coupled", 2.0, None, None,
+        )[0]  # fmt: skip
+
+    work = _loss("distill", f"{name} compact {kind} fwd+bwd", ours, eager, inputs, impls("distill")[:1], 4)
+    make = work.make
+    work.make = lambda i: make(i) | {"our single ops": forward_backward(lambda: single(*inputs[i]), inputs[i][:4])}
+    yield work
+
+
 def _loss(op, case, ours, eager, inputs: list[tuple], impls: list[str], leaves: int) -> Work:
     fused = compiled(eager)
 
@@ -167,7 +204,7 @@ def topk_works(name: str, device: str, impls: Callable[[str], list[str]], dtype:
                flops=2 * n * items * cases.DIM)  # fmt: skip
 
 
-WORKS = {"sparse": sparse_works, "losses": loss_works, "topk": topk_works}
+WORKS = {"sparse": sparse_works, "losses": loss_works, "distill": distill_works, "topk": topk_works}
 
 
 def measure(work: Work, dtype: torch.dtype, cuda=torch.cuda, capture=gpu.capturable) -> harness.Row:

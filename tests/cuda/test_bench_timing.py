@@ -90,13 +90,15 @@ def test_every_op_is_timed_and_tabulated(dtype, monkeypatch):
     monkeypatch.setenv("MMKD_BENCH_COMPILE", "0")  # compiled in bench/, which takes long
     machine = {"cpu": "c", "threads": 1, "isa": "i", "torch": "t", "copy_gbps": 1, "gemm_gflops": 1, "commit": "x"}
     monkeypatch.setattr(harness, "machine", lambda: machine | {"gpu": "a GPU", "gpu_copy_gbps": 900.0})
+    sixteen = dtype == torch.bfloat16
     for part in bench_gpu.WORKS.values():
-        for work in part("tiny", "cpu", lambda op: ["cpp", "reference"], dtype):
+        for work in part("tiny", "cpu", lambda op: ["cpp", "reference"][sixteen and op == "distill" :], dtype):
             bench_gpu.measure(work, dtype, FakeCuda(tick=1.0), capture=lambda fn: fn)
-    assert {r.op for r in harness.ROWS} == {"spmm", "propagate", "bpr_kd", "list_kd", "emb_kd", "topk"}
+    assert {r.op for r in harness.ROWS} == {"spmm", "propagate", "bpr_kd", "list_kd", "emb_kd", "distill", "topk"}
     rivals = {r.op: set(r.rivals) for r in harness.ROWS}
     assert rivals["spmm"] == {"reference", "cuSPARSE fp32"}
     assert rivals["propagate"] == {"reference", "cuSPARSE autograd", "cuSPARSE symmetric"}
+    assert rivals["distill"] == {"eager", "torch.compile", "our single ops"}
     assert rivals["list_kd"] == {"reference", "eager", "torch.compile"}
     assert all(set(r.captured) == {"ours"} | {n for n, ms in r.rivals.items() if ms} for r in harness.ROWS)
     text = harness.table()

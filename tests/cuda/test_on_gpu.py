@@ -41,6 +41,7 @@ def calls(device: str = DEVICE) -> dict[str, tuple]:
         torch.randn(2, BATCH, LIST, device=device),
     )
     ue, ie, x, teachers = table(USERS, DIM), table(ITEMS, DIM), table(USERS + ITEMS, DIM), table(2, USERS, DIM)
+    aims = table(2, len(rows), DIM)
     return {
         "spmm": (lambda impl, i: graph.users_from_items(i, impl=impl).square().sum(), [ie]),
         "propagate": (lambda impl, t: ops.propagate(graph, t, 2, impl=impl).square().sum(), [x]),
@@ -48,6 +49,10 @@ def calls(device: str = DEVICE) -> dict[str, tuple]:
         "bpr_kd": (lambda impl, u, i: sum(ops.bpr_pair_kd_loss(u, i, users, pos, neg, margin, impl=impl)), [ue, ie]),
         "list_kd": (lambda impl, u, i: ops.list_kd_loss(u, i, users, lists, logits, impl=impl), [ue, ie]),
         "emb_kd": (lambda impl, u, t: ops.emb_kd_loss(u, t, impl=impl), [ue, teachers]),
+        "distill": (
+            lambda impl, t, f: ops.distill_loss(t, USERS, users, lists, margin, logits, rows, f, impl=impl)[0],
+            [table(USERS + ITEMS, DIM), aims],
+        ),
         "topk": (lambda impl, u, i: ops.topk(u, i, 5, impl=impl)[0].sum() + 0 * u.sum() + 0 * i.sum(), [ue, ie]),
     }
 
