@@ -78,10 +78,10 @@ def sized(task, dataset):
 
 
 class Moved(TeacherBatch):
-    """Goes to the CPU as others go to a GPU."""
+    """Goes to a device as others do, to the CPU too."""
 
     def to(self, device):
-        return TeacherBatch(self.nodes, None, self.mask.to(device))
+        return TeacherBatch(self.nodes.to(device), None, self.mask.to(device))
 
 
 def recording(task, optimizer=None) -> tuple[RecordedSteps, Recorder]:
