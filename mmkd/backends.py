@@ -29,7 +29,9 @@ OPS = {
     "frozen_teacher": ("frozen_teacher", "frozen_teacher_backward"),
 }
 # off the CPU the doors of these compose library products and other ops
-CPU_ONLY = ("propagate_mixed", "propagate_adamw", "frozen_teacher", "distill_frozen")
+CPU_ONLY = ("propagate_mixed", "propagate_adamw", "distill_frozen")
+# and of these where there is no CUDA library
+NO_TRITON = (*CPU_ONLY, "frozen_teacher", "distill")
 ORDER = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
 # what is known of the GPU kernels' speed: docs/performance.md
 TIMED_ON = "timed on an H100, not yet on other GPUs"
@@ -116,6 +118,11 @@ def _say_once(op: str, device: str, choice: str) -> None:
         log.warning("%s on %s runs as %s, not %s: %s", op, device, choice, best, reason)
 
 
+def _used(op: str, device: str) -> str:
+    """What `auto` takes, as a word for people."""
+    return "composed" if device != "cpu" and op in NO_TRITON and _AUTO[op, device] != "cuda" else _AUTO[op, device]
+
+
 def report() -> str:
     """Versions, what is built and loaded, which implementation each op uses, and why not the others."""
     import mmkd
@@ -136,12 +143,12 @@ def report() -> str:
     ]
     for device in ("cpu", "cuda"):
         if device == "cuda" and not torch.cuda.is_available():
-            taken = ", ".join(f"{op} {_AUTO[op, device]}" for op in OPS if op not in CPU_ONLY)
+            taken = ", ".join(f"{op} {_used(op, device)}" for op in OPS if op not in CPU_ONLY)
             lines.append(f"cuda tensors: torch sees no CUDA device; beside one, auto would take: {taken}")
             continue
         lines.append(f"{device} tensors:")
         for op in OPS if device == "cpu" else [op for op in OPS if op not in CPU_ONLY]:
-            used = _AUTO[op, device]
+            used = _used(op, device)
             others = "; ".join(
                 f"{i}: {why_not(op, i, device) or 'available'}" for i in IMPLS[1:] if i != used and i != "reference"
             )

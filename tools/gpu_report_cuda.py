@@ -21,9 +21,13 @@ ELEMENTS = {
     "l": "int64",
 }
 # Threads of a block, and dynamic shared memory at the paper's sizes (K = 11, k = 20), of a kernel or of one with a flag.
-BLOCK = {"topk_kernel": 256, "combine_kernel": 256}
+BLOCK = {"topk_kernel": 256, "combine_kernel": 256} | dict.fromkeys(
+    ("frozen_forward_kernel", "frozen_rows_kernel", "frozen_outer_kernel", "frozen_sum_kernel"), 256
+)
 DYNAMIC_SHARED = {
     "list_forward_kernel": 4 * 11 * 4, "list_backward_kernel": 4 * 11 * 4,
+    "distill_kernel": 4 * 2 * 11 * 4,
+    "frozen_forward_kernel": 4 * (4228 + 8 * 656), "frozen_rows_kernel": 4 * (4228 + 8 * 656),  # e = 65, d = 64
     "topk_kernel few": 64 * (20 + 32) * 8, "topk_kernel float64 x1": 64 * 20 * 12,
 }  # fmt: skip
 # What the compiler counts of the system's own shared memory where a kernel has any; `gpu_report.occupancy` adds it for every architecture.

@@ -87,7 +87,7 @@ __device__ __forceinline__ void nodes(const DistillArgs& a, const Group& g, int6
 }
 
 template <class T, int V>
-__global__ void __launch_bounds__(kBlock) distill_kernel(DistillArgs a, int64_t sample_blocks, int lanes) {
+__global__ void __launch_bounds__(kBlock, 4) distill_kernel(DistillArgs a, int64_t sample_blocks, int lanes) {
   using A = Acc<T>;
   MMKD_DYNAMIC_SHARED(A, shared);
   const Group g(lanes);

@@ -86,10 +86,10 @@ __device__ __forceinline__ A list_terms(const ListArgs& a, const A* student, int
   for (int64_t m = 0; m < a.modalities; ++m) {
     const int64_t at = (m * a.batch + b) * a.k;
     const A* teacher = static_cast<const A*>(a.teacher) + at;
-    const A by = static_cast<const A*>(a.weight)[m], weight = scale * by;
     const Negatives<A> t(teacher, a.k, over_tau, lane);
-    const Logistic<A> lt = logistic(t.margin);
     const A kl_q = kLoss || grad_teacher ? kl_negatives(teacher, t, student, s, a.k, over_tau, lane) : A(0);
+    const Logistic<A> lt = logistic(t.margin);
+    const A by = static_cast<const A*>(a.weight)[m], weight = scale * by;
     if (kLoss) loss += by * list_kd(lt, ls, kl_q, alpha, beta, a.coupled);
     if (coef) {
       const ListGradStudent<A> d = list_kd_grad_student(lt, ls, alpha, beta, a.coupled);

@@ -8,7 +8,8 @@ constexpr int kBlock = 128, kWarps = kBlock / kWarp;
 constexpr int64_t kSharedBytes = 32 * 1024;
 
 template <class T, int V>
-__global__ void __launch_bounds__(kBlock) list_forward_kernel(ListArgs a, ListForward f, int lanes, bool on_chip) {
+__global__ void __launch_bounds__(kBlock, sizeof(T) == 2 ? 6 : 0)
+    list_forward_kernel(ListArgs a, ListForward f, int lanes, bool on_chip) {
   using A = Acc<T>;
   MMKD_DYNAMIC_SHARED(A, scratch);
   const Group g(lanes);

@@ -18,6 +18,8 @@ from mmkd.ops._checks import (
 from mmkd.ops._registry import call, differentiable, on_register, refuse_second_derivative
 from mmkd.ops.list_kd import list_scores
 
+_SHARED_BYTES = 96 * 1024  # of a GPU's block, as csrc/cuda/frozen_teacher_kernel.cu has it
+
 
 def frozen_teacher(
     content: Tensor, design: Tensor, ids: Tensor, omega: Tensor, state: Tensor, nodes: Tensor, candidates: Tensor,
@@ -38,7 +40,8 @@ def frozen_teacher(
         nodes: int64 `[3B + n]` node ids: users u, observed items i, negatives j, then those whose F is returned.
         candidates: int64 `[B, K]` item ids; item x is node `first_item + x`.
         first_item: the number of users.
-        impl: `auto`, `reference` or `cpp`. Off the CPU `auto` is :func:`composed`, library products and `list_scores`.
+        impl: `auto`, `reference`, `cpp` or `cuda`. Where there is no kernel, and for a `[e, d]` too large for a GPU's shared memory
+            (beyond about 90 KB), it is :func:`composed`, library products and `list_scores`.
 
     Returns:
         `margin [B]`, `logits [M, B, K]`, `targets [M, n, d]`.
@@ -47,13 +50,29 @@ def frozen_teacher(
         ValueError, TypeError: an argument of the wrong shape, dtype or device (named). RuntimeError: an id out of range.
     """
     check_frozen(content, design, ids, omega, state, nodes, "nodes", candidates, "candidates", first_item)
-    if impl == "auto" and content.device.type != "cpu":
+    which = _which(content, impl)
+    if which == "cuda" and not _fits(state):
+        which = "composed"
+    if which == "composed":
         return composed(content, design, ids, omega, state, nodes, candidates, first_item)
-    which = backends.resolve("frozen_teacher", content, impl)
     if which == "reference":
         return reference.frozen_teacher(content, design, ids, omega, state, nodes, candidates, first_item)
     tables = (dense(content), dense(design), dense(ids), dense(omega), dense(state))
     return call(which, "frozen_teacher", *tables, dense(nodes), dense(candidates), first_item)[:3]
+
+
+def _which(content: Tensor, impl: str) -> str:
+    kind = content.device.type
+    if impl == "auto" and kind != "cpu" and (kind != "cuda" or backends.why_not("frozen_teacher", "cuda", kind)):
+        return "composed"
+    return backends.resolve("frozen_teacher", content, impl)
+
+
+def _fits(state: Tensor) -> bool:
+    """Whether a modality's Z, its rows at an odd stride, fits a GPU block's shared memory beside the rows of one sample."""
+    (_, e, d), size = state.shape, state.element_size()
+    elements = -(-e * (d | 1) // 4) * 4 + 4 * (-(-e // 4) * 4) + 6 * (-(-d // 4) * 4)
+    return elements * size <= _SHARED_BYTES
 
 
 def check_frozen(

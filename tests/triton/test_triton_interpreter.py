@@ -28,7 +28,7 @@ def test_without_the_interpreter_cpu_tensors_are_refused(monkeypatch):
 def test_on_a_gpu_auto_takes_triton_where_the_cuda_library_is_missing(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setattr(backends._library, "CUDA_MISSING", "not built: no nvcc found")
-    assert {backends._first(op, "cuda") for op in backends.OPS if op not in backends.CPU_ONLY} == {"triton"}
+    assert {backends._first(op, "cuda") for op in backends.OPS if op not in backends.NO_TRITON} == {"triton"}
     assert backends.why_not("spmm", "cuda", "cuda") == "not built: no nvcc found"
     monkeypatch.setattr(backends._library, "CUDA_MISSING", None)
     monkeypatch.setattr(backends, "_KERNELS", dict.fromkeys(backends._KERNELS, True))

@@ -24,7 +24,7 @@ def compare(fn, leaves, dtype, schedules, exact, seeds=(1, 2)):
             t.grad = None
         out = fn(impl, *tensors)
         out = out if isinstance(out, tuple) else (out,)
-        total = sum((o * torch.linspace(0.5, 1.5, max(1, o.numel()), dtype=o.dtype).view_as(o)).sum() for o in out)
+        total = sum((o * torch.linspace(0.5, 1.5, o.numel(), dtype=o.dtype).view_as(o)).sum() for o in out)
         total.backward()
         return [o.detach() for o in out] + [t.grad for t in tensors if t.requires_grad]
 
@@ -288,6 +288,106 @@ def case_out_of_range_stops_distill(place, bad):
     index[place].view(-1)[-1] = bad
     with pytest.raises(RuntimeError, match="a check in the kernel failed"):
         all_losses(index)("cuda", *leaves)
+
+
+def teacher(d, *, modalities=2, batch=11, width=5, further=7, dtype=torch.float64, e=None, users=30, items=23):
+    """What `frozen_teacher` takes, a zero row of `F` among those asked for."""
+    g, nodes, e = torch.Generator().manual_seed(d), users + items, d + 1 if e is None else e
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+
+    content, design = normal(modalities, nodes, d), normal(nodes, e)
+    content[:, 0] = design[0] = 0
+    asked = torch.cat([
+        torch.randint(0, users, (batch,), generator=g), torch.randint(users, nodes, (2 * batch,), generator=g),
+        torch.randint(0, nodes, (further,), generator=g),
+    ])  # fmt: skip
+    asked[:1] = 0
+    omega = torch.rand(modalities, generator=g, dtype=torch.float64).to(dtype)
+    lists = torch.randint(0, items, (batch, width), generator=g)
+    return [
+        content,
+        design,
+        normal(nodes, d),
+        omega,
+        (0.1 * normal(modalities, e, d)).requires_grad_(),
+        asked,
+        lists,
+        users,
+    ]
+
+
+def ask(given, parts=(0, 1, 2)):
+    """The outputs `parts` as a function of the state, and the others not looked at."""
+
+    def outputs(impl, state):
+        kind = state.dtype
+        tables = [t.to(kind) if t.is_floating_point() else t for t in given[:4]]
+        out = ops.frozen_teacher(*tables, state, *given[5:], impl=impl)
+        return tuple(out[p] for p in parts)
+
+    return outputs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("d", [1, 3, 32, 64, 65, 100])
+@pytest.mark.parametrize(
+    "sizes", [{}, {"modalities": 1, "width": 1}, {"modalities": 3, "batch": 40, "further": 0, "width": 33}], ids=str
+)
+def case_frozen_teacher(dtype, d, sizes, schedules):
+    given = teacher(d, dtype=dtype, **sizes)
+    compare(ask(given), [given[4]], dtype, schedules, True)
+
+
+@pytest.mark.parametrize("parts", [(0,), (1,), (2,), (0, 2), (1, 2)], ids=str)
+def case_frozen_teacher_of_each_output(parts, schedules):
+    given = teacher(64, dtype=torch.float32)
+    compare(ask(given, parts), [given[4]], torch.float32, schedules, True)
+
+
+@pytest.mark.parametrize(
+    ("d", "e", "dtype", "fits"),
+    [(150, 100, torch.float32, True), (150, 151, torch.float32, True), (156, 157, torch.float32, False), (104, 109, torch.float64, False)],
+)  # fmt: skip
+def case_frozen_teacher_up_to_what_fits_on_the_chip(d, e, dtype, fits, schedules):
+    given = teacher(d, e=e, dtype=dtype, batch=3, further=2)
+    compare(ask(given), [given[4]], dtype, schedules, fits, seeds=(1, 2))
+    arguments = [t.detach() if torch.is_tensor(t) else t for t in given]
+    if not simt.ON_GPU:
+        if fits:
+            simt.ops.frozen_teacher(*arguments)
+        else:
+            with pytest.raises(RuntimeError, match="does not fit a block's shared memory"):
+                simt.ops.frozen_teacher(*arguments)
+
+
+@pytest.mark.parametrize(("batch", "further"), [(0, 0), (0, 5), (9, 0), (1, 1), (400, 300)])
+@pytest.mark.parametrize("width", [0, 2])
+def case_frozen_teacher_sizes(batch, further, width, schedules):
+    given = teacher(16, batch=batch, further=further, width=width, dtype=torch.float32)
+    out = ask(given)("cuda", given[4])
+    truth = ask(given)("reference", given[4].detach().double())
+    for mine, right in zip(out, truth, strict=True):
+        assert mine.shape == right.shape
+        torch.testing.assert_close(mine.double(), right, rtol=1e-4, atol=1e-4)
+    (grad,) = torch.autograd.grad(sum(o.sum() for o in out), given[4])
+    assert torch.isfinite(grad).all() and bool(grad.any()) == (batch + further > 0)
+
+
+def case_frozen_teacher_gradcheck():
+    given = teacher(3, batch=4, width=3, further=5)
+    given[5][0] = 1  # a row of length 0 has no derivative
+    for part in range(3):
+        torch.autograd.gradcheck(lambda state, part=part: ask(given, (part,))("cuda", state)[0], (given[4],))
+
+
+@pytest.mark.parametrize(("place", "bad"), [(5, 53), (5, -1), (6, 23), (6, -1)])
+def case_out_of_range_stops_frozen_teacher(place, bad):
+    given = teacher(16, dtype=torch.float32)
+    given[place].view(-1)[-1] = bad
+    with pytest.raises(RuntimeError, match="a check in the kernel failed"):
+        ops.frozen_teacher(*given)
 
 
 def case_empty_batches(deterministic):

@@ -14,6 +14,7 @@ ONLY_EXECUTOR = {
     "case_a_graph_is_planned_once",
     "case_out_of_range_stops_the_kernel",
     "case_out_of_range_stops_distill",
+    "case_out_of_range_stops_frozen_teacher",
     "case_the_flag_of_torch_is_read",
 }
 
