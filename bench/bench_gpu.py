@@ -23,6 +23,7 @@ from bench_spmm import _eager, _moved, _SymmetricCsr, _torch_csr
 from harness import compiled, forward_backward
 
 from mmkd import backends, ops, reference
+from mmkd.ops.frozen_teacher import composed
 from mmkd.training.recorded import steps_of
 
 COPIES = 4  # of the inputs
@@ -171,6 +172,42 @@ def distill_works(name: str, device: str, impls: Callable[[str], list[str]], dty
     yield work
 
 
+def frozen_works(name: str, device: str, impls: Callable[[str], list[str]], dtype: torch.dtype) -> Iterator[Work]:
+    """What a student's step asks of the collapsed teacher, with the gradient of its state; constants are float32 or float64."""
+    if dtype.itemsize < 4:
+        return
+    users, items, _, _ = cases.SIZES[name]
+    d, modalities, further = cases.DIM, cases.NUM_MODALITIES, 1024
+
+    def random(*shape):
+        return torch.randn(*shape, device=device, dtype=dtype)
+
+    constants = random(modalities, users + items, d), random(users + items, d + 1), random(users + items, d)
+    omega, inputs = random(modalities).abs(), []
+    for i in range(COPIES):
+        b = cases.batch(name, dtype, seed=i).to(device)
+        nodes = (b.users, users + b.candidates[:, 0], users + b.candidates[:, 1])
+        asked = torch.cat([*nodes, torch.randint(0, users + items, (further,), device=device)])
+        state = (0.1 * random(modalities, d + 1, d)).requires_grad_()
+        inputs.append((state, *constants, omega, asked, b.candidates))
+
+    def pick(fn):
+        def call(state, content, design, ids, omega, asked, candidates, **impl):
+            out = fn(content, design, ids, omega, state, asked, candidates, users, **impl)
+            return torch.stack([part.square().mean() for part in out]).sum()
+
+        return call
+
+    kind, eager, products = str(dtype).removeprefix("torch."), pick(reference.frozen_teacher), pick(composed)
+    work = _loss(
+        "frozen_teacher", f"{name} M={modalities} {kind} fwd+bwd", pick(ops.frozen_teacher), eager, inputs,
+        impls("frozen_teacher")[:1], 1,
+    )  # fmt: skip
+    make = work.make
+    work.make = lambda i: make(i) | {"library products": forward_backward(lambda: products(*inputs[i]), inputs[i][:1])}
+    yield work
+
+
 def _loss(op, case, ours, eager, inputs: list[tuple], impls: list[str], leaves: int) -> Work:
     fused = compiled(eager)
 
@@ -204,7 +241,13 @@ def topk_works(name: str, device: str, impls: Callable[[str], list[str]], dtype:
                flops=2 * n * items * cases.DIM)  # fmt: skip
 
 
-WORKS = {"sparse": sparse_works, "losses": loss_works, "distill": distill_works, "topk": topk_works}
+WORKS = {
+    "sparse": sparse_works,
+    "losses": loss_works,
+    "distill": distill_works,
+    "frozen": frozen_works,
+    "topk": topk_works,
+}
 
 
 def measure(work: Work, dtype: torch.dtype, cuda=torch.cuda, capture=gpu.capturable) -> harness.Row:

@@ -128,7 +128,7 @@ def report() -> str:
     import mmkd
 
     built = _library.build_info()
-    cuda = _library.CUDA_MISSING or f"loaded ({TIMED_ON})"
+    cuda = _library.CUDA_MISSING or f"loaded ({TIMED_ON}; frozen_teacher on none)"
     triton = importlib.util.find_spec("triton")
     triton_version = f"{__import__('triton').__version__} (kernels {TIMED_ON})" if triton else "not installed"
     lines = [

@@ -41,7 +41,9 @@ def calls(device: str = DEVICE) -> dict[str, tuple]:
         torch.randn(2, BATCH, LIST, device=device),
     )
     ue, ie, x, teachers = table(USERS, DIM), table(ITEMS, DIM), table(USERS + ITEMS, DIM), table(2, USERS, DIM)
-    aims = table(2, len(rows), DIM)
+    aims, nodes = table(2, len(rows), DIM), USERS + ITEMS
+    content, design, ids = (table(*s).detach() for s in ((2, nodes, DIM), (nodes, DIM + 1), (nodes, DIM)))
+    omega, state = torch.tensor([0.3, 0.7], device=device), (0.1 * table(2, DIM + 1, DIM).detach()).requires_grad_()
     return {
         "spmm": (lambda impl, i: graph.users_from_items(i, impl=impl).square().sum(), [ie]),
         "propagate": (lambda impl, t: ops.propagate(graph, t, 2, impl=impl).square().sum(), [x]),
@@ -52,6 +54,23 @@ def calls(device: str = DEVICE) -> dict[str, tuple]:
         "distill": (
             lambda impl, t, f: ops.distill_loss(t, USERS, users, lists, margin, logits, rows, f, impl=impl)[0],
             [table(USERS + ITEMS, DIM), aims],
+        ),
+        "frozen_teacher": (
+            lambda impl, z: sum(
+                t.square().sum()
+                for t in ops.frozen_teacher(
+                    content,
+                    design,
+                    ids,
+                    omega,
+                    z,
+                    torch.cat([users, lists[:, 0] + USERS, lists[:, 1] + USERS, rows]),
+                    lists,
+                    USERS,
+                    impl=impl,
+                )
+            ),
+            [state],
         ),
         "topk": (lambda impl, u, i: ops.topk(u, i, 5, impl=impl)[0].sum() + 0 * u.sum() + 0 * i.sum(), [ue, ie]),
     }
