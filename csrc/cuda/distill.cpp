@@ -109,10 +109,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> distill_all(
   const int64_t blocks = distill_blocks(a);
   Tensor loss = scalar(table, acc, blocks == 0), terms = blocks ? empty({4}, table, acc) : zeros({4}, table, acc);
   Tensor partial = empty({blocks, 4}, table, acc), ticket = zeros({1}, table, ScalarType::Int);
-  Tensor scratch = distill_fits(a) ? nothing(table) : empty({blocks, kDistillWarps, 2 * a.list.k}, table, acc);
+  Tensor scratch =
+      distill_fits(a) ? nothing(table) : empty({distill_sample_blocks(a), kDistillWarps, 2 * a.list.k}, table, acc);
   Tensor stats = empty({a.emb.n, 1 + 2 * a.emb.modalities}, table, acc), grad = accumulator(table, need_table);
-  Tensor margin = need_margin ? empty({a.list.batch}, table, acc) : nothing(table);
-  Tensor logits = need_logits ? empty({a.list.modalities, a.list.batch, a.list.k}, table, acc) : nothing(table);
+  Tensor margin = need_margin ? empty({a.list.batch}, table, acc) : empty({0}, table, acc);
+  Tensor logits = need_logits ? empty({a.list.modalities, a.list.batch, a.list.k}, table, acc) : empty({0}, table, acc);
   Tensor aims = need_targets ? empty({a.emb.modalities, a.emb.n, a.emb.d}, table) : nothing(table);
   a.emb.stats = stats.mutable_data_ptr();
   a.scratch = pointer(scratch, !distill_fits(a));

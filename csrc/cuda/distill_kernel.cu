@@ -117,9 +117,6 @@ int64_t at_most(int64_t blocks) { return blocks < kMaxBlocks ? blocks : kMaxBloc
 
 int lanes_of(const DistillArgs& a) { return lanes_for(a.list.dtype, a.list.wide, a.list.d); }
 
-int64_t blocks_of_samples(const DistillArgs& a) {
-  return a.bpr != 0 || a.pair != 0 || a.by_list != 0 ? at_most(ceil_div(a.list.batch, kWarps)) : 0;
-}
 int64_t blocks_of_nodes(const DistillArgs& a) {
   return a.by_emb != 0 ? at_most(ceil_div(a.emb.n, kBlock / lanes_of(a))) : 0;
 }
@@ -128,7 +125,11 @@ int64_t shared_bytes(const DistillArgs& a) { return kWarps * 2 * a.list.k * (a.l
 
 }  // namespace
 
-int64_t distill_blocks(const DistillArgs& a) { return blocks_of_samples(a) + blocks_of_nodes(a); }
+int64_t distill_sample_blocks(const DistillArgs& a) {
+  return a.bpr != 0 || a.pair != 0 || a.by_list != 0 ? at_most(ceil_div(a.list.batch, kWarps)) : 0;
+}
+
+int64_t distill_blocks(const DistillArgs& a) { return distill_sample_blocks(a) + blocks_of_nodes(a); }
 
 bool distill_fits(const DistillArgs& a) { return shared_bytes(a) <= kSharedBytes; }
 
@@ -136,7 +137,7 @@ void distill(const DistillArgs& a, void* stream) {
   const Grid grid{distill_blocks(a), kBlock, stream, a.scratch ? 0 : shared_bytes(a)};
   dispatch(a.list.dtype, a.list.wide, [&](auto tag) {
     using T = typename decltype(tag)::T;
-    launch("distill", distill_kernel<T, decltype(tag)::V>, grid, a, blocks_of_samples(a), lanes_of(a));
+    launch("distill", distill_kernel<T, decltype(tag)::V>, grid, a, distill_sample_blocks(a), lanes_of(a));
   });
 }
 

@@ -14,8 +14,8 @@ struct DistillArgs {
   const void* margin;    // [batch] A, the teacher's
   double bpr, pair, by_list, by_emb, pair_tau;
   bool bernoulli;
-  void* scratch;       // [distill_blocks, warps of a block, 2 k] A, where the chip has no room for it (distill_fits)
-  void* partial;       // [distill_blocks, 4] A scratch
+  void* scratch;  // [distill_sample_blocks, warps of a block, 2 k] A, where the chip has no room for it (distill_fits)
+  void* partial;  // [distill_blocks, 4] A scratch
   unsigned* ticket;    // one zero
   void* loss;          // A scalar
   void* terms;         // [4] A
@@ -27,6 +27,8 @@ struct DistillArgs {
 constexpr int64_t kDistillWarps = 4;  // of a block
 // 0: there is nothing to do.
 int64_t distill_blocks(const DistillArgs& a);
+// Of them, those that take samples; the others take nodes.
+int64_t distill_sample_blocks(const DistillArgs& a);
 bool distill_fits(const DistillArgs& a);
 void distill(const DistillArgs& a, void* stream);
 

@@ -14,7 +14,7 @@ void check(const BatchView& b, int64_t multiple) {
   if (b.num_users < 0 || b.num_items < 0) {
     refuse("num_users, num_items: expected >= 0, got ", b.num_users, " and ", b.num_items);
   }
-  if (multiple < 1 || multiple > 1 << 30) refuse("multiple: expected 1 to 2^30, got ", multiple);
+  if (multiple < 1 || multiple > 1 << 20) refuse("multiple: expected 1 to 2^20, got ", multiple);
   check_ids("users", b.users, b.size, b.num_users);
   check_ids("candidates", b.candidates, b.size * b.width, b.num_items);
   check_ids("extra", b.extra, b.num_extra, b.num_users + b.num_items);

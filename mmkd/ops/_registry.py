@@ -122,7 +122,8 @@ def differentiable_loss(ns: str, name: str, places: tuple[int, ...]) -> None:
             grads = getattr(ops, name)(*arguments)[2:]
         if grad.device.type == "cpu" and grad.item() == 1:
             return list(grads)
-        torch._foreach_mul_([g for g in grads if g.numel()], grad)  # on a GPU nothing waits for what `grad` is
+        if scaled := [g for g in grads if g.numel()]:
+            torch._foreach_mul_(scaled, grad)  # on a GPU nothing waits for what `grad` is
         return list(grads)
 
     def make_backward(ops) -> Callable:

@@ -49,8 +49,10 @@ def distill_loss(
         weights: of the four, `>= 0`; the defaults are those of `mmkd train`.
         pair_tau, pair_kind, alpha, beta, list_tau, list_weight, gamma: as the losses' own `tau`, `kind`, `weight`, `gamma`.
         list_modalities, emb_modalities: `[M]`, weights of the modalities in ListKD (1/M each if not given) and in EmbKD (1).
-        impl: `auto`, `reference`, `cpp` (float32 and float64, at most 16 modalities in EmbKD) or `cuda`. In 16 bits on a CPU, and
-            on a GPU under `torch.use_deterministic_algorithms` (the kernel adds by atomics), it is :func:`composed`.
+        impl: `auto`, `reference`, `cpp` (float32 and float64, at most 16 modalities in EmbKD) or `cuda`. `auto` is :func:`composed`
+            in 16 bits on a CPU, in float16 on a GPU (gradients made for an incoming 1 would be rounded before a loss scale
+            reaches them) and where there is no kernel. Under `torch.use_deterministic_algorithms` a GPU composes whatever is
+            asked for: the kernel adds by atomics.
 
     Returns:
         The loss, a scalar (float32; float64 for float64 tables), and `[4]`, BPR, PairKD, ListKD and EmbKD, unweighted,
@@ -58,7 +60,7 @@ def distill_loss(
 
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype, range or device (named). RuntimeError: an index out
-        of range; a second derivative (of `impl="cpp"`).
+        of range; a second derivative (of a kernel).
     """
     arguments = _checked(
         table, num_users, users, candidates, teacher_margin, teacher_logits, nodes, targets, weights, list_modalities,
@@ -84,7 +86,7 @@ def _fusible(table: Tensor) -> bool:
     kind = table.device.type
     if kind == "cpu":
         return table.dtype in (torch.float32, torch.float64)
-    return kind == "cuda" and backends.why_not("distill", "cuda", kind) is None
+    return kind == "cuda" and table.dtype != torch.float16 and backends.why_not("distill", "cuda", kind) is None
 
 
 def _fused(
@@ -259,10 +261,10 @@ def _register(ns: str, ops) -> None:
     def fake(table, num_users, users, candidates, margin, logits, nodes, targets, *rest):
         acc = accumulate_type(table.dtype)
         by = 1.0, *rest[3:6]  # the weights of PairKD, ListKD and EmbKD
-        like = zip((table, margin, logits, targets), by, rest[-4:], strict=True)
+        like = zip((table, margin, logits, targets), by, (table.dtype, acc, acc, table.dtype), rest[-4:], strict=True)
         grads = (
-            table.new_empty(t.shape if need and w and t is not None else (0,), dtype=None if t is None else t.dtype)
-            for t, w, need in like
+            table.new_empty(t.shape if need and w and t is not None else (0,), dtype=dtype)
+            for t, w, dtype, need in like
         )
         return table.new_empty((), dtype=acc), table.new_empty(4, dtype=acc), *grads
 

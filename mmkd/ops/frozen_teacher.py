@@ -62,8 +62,9 @@ def frozen_teacher(
 
 
 def _which(content: Tensor, impl: str) -> str:
-    kind = content.device.type
-    if impl == "auto" and kind != "cpu" and (kind != "cuda" or backends.why_not("frozen_teacher", "cuda", kind)):
+    kind, wide = content.device.type, content.dtype in (torch.float32, torch.float64)
+    kernel = kind == "cpu" or (kind == "cuda" and wide and backends.why_not("frozen_teacher", "cuda", kind) is None)
+    if impl == "auto" and not kernel:
         return "composed"
     return backends.resolve("frozen_teacher", content, impl)
 

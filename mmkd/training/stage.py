@@ -111,7 +111,7 @@ def node_batch(
     Raises:
         ValueError: an id out of range.
     """
-    further, known = (None, 0) if extra is None else (extra.numpy(), len(extra))
+    further, known = (None, 0) if extra is None else (np.asarray(extra, np.int64), len(extra))
     if len(shared.items):
         asked = shared.items + num_users
         further = asked if further is None else np.concatenate([further, asked])

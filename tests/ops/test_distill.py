@@ -175,6 +175,12 @@ def test_nothing_to_do(impl, poison_empty):
     assert loss == 0 and terms.eq(0).all() and table.grad.eq(0).all()
     loss, terms = ops.distill_loss(table, USERS, *empty[:2], weights=(0, 0, 0, 0), impl=impl)
     assert loss == 0 and terms.shape == (4,)
+    for place in (2, 3, 5):  # a gradient of nothing, scaled
+        wanted = empty[place].clone().requires_grad_()
+        loss, _ = ops.distill_loss(table.detach(), USERS, *empty[:place], wanted, *empty[place + 1 :], impl=impl)
+        if impl != "reference" or loss.requires_grad:
+            (2 * loss).backward()
+            assert wanted.grad is None or wanted.grad.shape == wanted.shape
 
 
 def test_views_and_one_modality_without_its_axis():

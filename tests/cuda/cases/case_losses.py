@@ -6,6 +6,7 @@ import pytest
 import simt
 import torch
 from budget import DTYPES, within
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmkd import losses, ops
 
@@ -233,13 +234,33 @@ def case_distill_each_gradient_alone(place, schedules):
     compare(all_losses(index), leaves, torch.float32, schedules, place > 0)
 
 
-@pytest.mark.parametrize(("batch", "k", "nodes"), [(1, 2, 1), (5000, 2, 3), (3, 2000, 2000), (3, 40, 0), (0, 3, 4)])
+@pytest.mark.parametrize(("batch", "k", "nodes"), [(1, 2, 1), (5000, 2, 3), (3, 2000, 200), (3, 40, 0), (0, 3, 4)])
 def case_distill_sizes(batch, k, nodes, schedules):
-    """More samples and nodes than a grid has warps, and lists that do not fit on the chip."""
+    """More samples than a grid has warps, and lists that do not fit on the chip."""
     index, leaves = batch_of_all(torch.float32, 8, batch, k, nodes)
     for t in leaves:
         t.requires_grad_(t.numel() > 0)
     compare(all_losses(index, weights=(1.0, 1.0, 1.0, 1.0)), leaves, torch.float32, schedules, False, seeds=(1,))
+
+
+def case_distill_of_more_nodes_than_a_grid_has_room_for(schedules):
+    index, leaves = batch_of_all(torch.float32, 128, batch=3, nodes=5000)
+    compare(all_losses(index, weights=(1.0, 1.0, 1.0, 1.0)), leaves, torch.float32, schedules, False, seeds=(1,))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("need", [(1, 0, 0, 0), (0, 0, 1, 0), (0, 1, 0, 1)], ids=str)
+def case_distill_fakes_what_it_gives(dtype, need):
+    (users, candidates, nodes), leaves = batch_of_all(dtype, 8)
+    table, margin, logits, targets = (t.detach() for t in leaves)
+    ones = torch.ones(2, dtype=accumulator(dtype))
+    tensors = table, 9, users, candidates, margin, logits, nodes, targets, ones, ones
+    settings = 1.0, 0.1, 0.1, 0.01, 1.0, True, 1.0, 1.0, 1.0, True, 2.0
+    arguments = (*tensors, *settings, *map(bool, need))
+    real = simt.ops.distill(*arguments)
+    with FakeTensorMode() as mode:
+        fake = simt.ops.distill(*(mode.from_tensor(a) if torch.is_tensor(a) else a for a in arguments))
+    assert [(t.shape, t.dtype) for t in fake] == [(t.shape, t.dtype) for t in real]
 
 
 def case_distill_of_strided_tensors_and_of_a_table_off_16_bytes(schedules):
@@ -280,6 +301,12 @@ def case_distill_of_nothing(schedules):
     loss = all_losses(index)("cuda", *leaves)
     loss.backward()
     assert loss == 0 and not leaves[0].grad.any()
+    for place in range(1, 4):  # gradients of nothing at all
+        index, leaves = batch_of_all(torch.float32, 8, 0, 3, 0)
+        for i, t in enumerate(leaves):
+            t.requires_grad_(i == place)
+        (2 * all_losses(index)("cuda", *leaves)).backward()
+        assert leaves[place].grad.shape == leaves[place].shape
 
 
 @pytest.mark.parametrize(("place", "bad"), [(0, 9), (0, -1), (1, 13), (1, -1), (2, 22), (2, -1)])
