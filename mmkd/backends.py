@@ -33,6 +33,8 @@ CPU_ONLY = ("propagate_mixed", "propagate_adamw", "distill_frozen")
 # and of these where there is no CUDA library
 NO_TRITON = (*CPU_ONLY, "frozen_teacher", "distill")
 ORDER = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
+# CUDA kernels that were not yet run on a GPU: there `auto` composes, and `impl="cuda"` takes them
+UNTRIED = ("frozen_teacher",)
 # what is known of the GPU kernels' speed: docs/performance.md
 TIMED_ON = "timed on an H100, not yet on other GPUs"
 _said: set[tuple[str, str]] = set()
@@ -120,7 +122,8 @@ def _say_once(op: str, device: str, choice: str) -> None:
 
 def _used(op: str, device: str) -> str:
     """What `auto` takes, as a word for people."""
-    return "composed" if device != "cpu" and op in NO_TRITON and _AUTO[op, device] != "cuda" else _AUTO[op, device]
+    composed = op in UNTRIED or (op in NO_TRITON and _AUTO[op, device] != "cuda")
+    return "composed" if device != "cpu" and composed else _AUTO[op, device]
 
 
 def report() -> str:
@@ -128,7 +131,7 @@ def report() -> str:
     import mmkd
 
     built = _library.build_info()
-    cuda = _library.CUDA_MISSING or f"loaded ({TIMED_ON}; frozen_teacher on none)"
+    cuda = _library.CUDA_MISSING or f"loaded ({TIMED_ON}; never run: {', '.join(UNTRIED)}, which auto leaves alone)"
     triton = importlib.util.find_spec("triton")
     triton_version = f"{__import__('triton').__version__} (kernels {TIMED_ON})" if triton else "not installed"
     lines = [

@@ -40,8 +40,9 @@ def frozen_teacher(
         nodes: int64 `[3B + n]` node ids: users u, observed items i, negatives j, then those whose F is returned.
         candidates: int64 `[B, K]` item ids; item x is node `first_item + x`.
         first_item: the number of users.
-        impl: `auto`, `reference`, `cpp` or `cuda`. Where there is no kernel, and for a `[e, d]` too large for a GPU's shared memory
-            (beyond about 90 KB), it is :func:`composed`, library products and `list_scores`.
+        impl: `auto`, `reference`, `cpp` or `cuda` (float32 and float64). Off the CPU `auto` is :func:`composed`, library products
+            and `list_scores`: the CUDA kernels were not yet run on a GPU. So is `cuda` for a `[e, d]` too large for a GPU's
+            shared memory (beyond about 90 KB).
 
     Returns:
         `margin [B]`, `logits [M, B, K]`, `targets [M, n, d]`.
@@ -62,10 +63,8 @@ def frozen_teacher(
 
 
 def _which(content: Tensor, impl: str) -> str:
-    kind, wide = content.device.type, content.dtype in (torch.float32, torch.float64)
-    kernel = kind == "cpu" or (kind == "cuda" and wide and backends.why_not("frozen_teacher", "cuda", kind) is None)
-    if impl == "auto" and not kernel:
-        return "composed"
+    if impl == "auto" and content.device.type != "cpu":
+        return "composed"  # CUDA's kernels too, until they were run on a GPU: backends.UNTRIED
     return backends.resolve("frozen_teacher", content, impl)
 
 

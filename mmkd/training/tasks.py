@@ -37,6 +37,7 @@ class _NodesTask(Recordable):
     def _draw_from(
         self, dataset: Dataset, graph: BipartiteGraph, settings: StageConfig, sampler: Sampler, seed: int
     ) -> None:
+        """Where batches come from; `seed`: of the shared negatives."""
         self.graph, self.sampler = graph, sampler
         self.shared = SharedNegatives(dataset.train, settings.shared_negatives, seed)
         self.multiple = 1 if graph.device.type == "cpu" else SIZE

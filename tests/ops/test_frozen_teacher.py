@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from mmkd import ops, reference
-from mmkd.ops.frozen_teacher import composed
+from mmkd import backends, ops, reference
+from mmkd.ops.frozen_teacher import _which, composed
 from tests.ops.grid import DIMS, within_budget
 
 USERS, ITEMS = 30, 23
@@ -86,6 +88,12 @@ def test_nothing_asked_for():
     given = arguments(width=0)
     assert ops.frozen_teacher(*given)[1].shape == (2, 37, 0)
     torch.testing.assert_close(ops.frozen_teacher(*given)[0], ops.frozen_teacher(*arguments())[0])
+
+
+def test_on_a_gpu_auto_takes_no_kernel_that_was_never_run_on_one():
+    on_gpu = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
+    assert "frozen_teacher" in backends.UNTRIED and _which(on_gpu, "auto") == "composed"
+    assert backends._used("frozen_teacher", "cuda") == "composed" and backends._used("frozen_teacher", "cpu") == "cpp"
 
 
 def test_constants_without_a_gradient():
