@@ -104,12 +104,12 @@ class FeatureTable:
         """``X`` itself, ``[I, d_m]``, a table of its own: for a model that needs the vectors, not their products."""
         return torch.cat(list(self.blocks()))
 
-    def column_sum(self) -> np.ndarray:
-        """``1^T X``, ``[d_m]`` float64."""
+    def column_sum(self) -> Tensor:
+        """``1^T X``, ``[d_m]`` float64, on the CPU."""
         total = torch.zeros(self.width, dtype=torch.float64, device=self.values.device)
         for block in self.blocks(dtype=torch.float64):
             total += block.sum(0)
-        return total.cpu().numpy()
+        return total.cpu()
 
     def moments(self, left: Tensor) -> Tensor:
         """``left^T X``, ``[k, d_m]`` float64, streamed over items; `left` is ``[I, k]``."""

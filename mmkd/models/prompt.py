@@ -39,34 +39,37 @@ def principal_components(features: FeatureTable, dim: int, seed: int = 0) -> Ten
         )
     mean = features.column_sum() / max(features.num_items, 1)  # [d_m] float64
     if features.width <= EXACT_WIDTH:
-        gram = _centred_product(features, np.eye(features.width), mean)
-        loadings = np.linalg.eigh((gram + gram.T) / 2)[1][:, ::-1][:, :dim]
+        loadings = _leading(_centred_product(features, None, mean), dim)
     else:
         loadings = _subspace(features, mean, dim, seed)
-    loadings = loadings.copy()
-    peak = np.abs(loadings).argmax(axis=0)
-    loadings[:, loadings[peak, np.arange(dim)] < 0] *= -1
-    scores = [b.cpu().numpy() @ loadings - mean @ loadings for b in features.blocks(dtype=torch.float64)]
-    return torch.from_numpy(np.concatenate(scores)).float()
+    peak = loadings.gather(0, loadings.abs().argmax(0, keepdim=True))  # [1, dim]
+    loadings = torch.where(peak < 0, -loadings, loadings)
+    scores = [b.cpu() @ loadings - mean @ loadings for b in features.blocks(dtype=torch.float64)]
+    return torch.cat(scores).float()
 
 
-def _centred_product(features: FeatureTable, right: np.ndarray, mean: np.ndarray) -> np.ndarray:
-    """``(X - mean)^T (X - mean) right``, streamed over items in float64."""
-    total = np.zeros((features.width, right.shape[1]))
-    exact = right.shape[0] == right.shape[1]
+def _centred_product(features: FeatureTable, right: Tensor | None, mean: Tensor) -> Tensor:
+    """``(X - mean)^T (X - mean) right``, streamed over items in float64; no ``right``: the identity."""
+    total = mean.new_zeros(features.width, features.width if right is None else right.shape[1])
     for block in features.blocks(dtype=torch.float64):
-        centred = block.cpu().numpy() - mean
-        total += centred.T @ centred if exact else centred.T @ (centred @ right)
+        centred = block.cpu() - mean
+        total += centred.T @ (centred if right is None else centred @ right)
     return total
 
 
-def _subspace(features: FeatureTable, mean: np.ndarray, dim: int, seed: int) -> np.ndarray:
+def _leading(symmetric: Tensor, dim: int) -> Tensor:
+    """The eigenvectors of the ``dim`` largest eigenvalues, as columns, largest first."""
+    return torch.linalg.eigh((symmetric + symmetric.T) / 2)[1].flip(1)[:, :dim]
+
+
+def _subspace(features: FeatureTable, mean: Tensor, dim: int, seed: int) -> Tensor:
     width = min(dim + _OVERSAMPLING, features.width)
-    basis = np.linalg.qr(np.random.Generator(np.random.Philox(seed)).standard_normal((features.width, width)))[0]
+    start = np.random.Generator(np.random.Philox(seed)).standard_normal((features.width, width))
+    basis = torch.linalg.qr(torch.from_numpy(start))[0]
     for _ in range(_POWER_STEPS):
-        basis = np.linalg.qr(_centred_product(features, basis, mean))[0]
+        basis = torch.linalg.qr(_centred_product(features, basis, mean))[0]
     small = basis.T @ _centred_product(features, basis, mean)
-    return basis @ np.linalg.eigh((small + small.T) / 2)[1][:, ::-1][:, :dim]
+    return basis @ _leading(small, dim)
 
 
 def prompt_basis(features: Sequence[FeatureTable], dim: int, seed: int = 0) -> Tensor:
