@@ -33,14 +33,16 @@ constexpr size_t kLeast = 2 * kHuge;       // smaller results are torch's own
 // being the likeliest to be in a cache, and beyond the limit the oldest go back to the system.
 class Blocks {
  public:
-  void* take(size_t bytes) {
+  // At least `asked` bytes.
+  void* take(size_t asked) {
+    const size_t bytes = (asked + kHuge - 1) / kHuge * kHuge;
     const std::lock_guard<std::mutex> hold(mutex_);
     auto best = free_.end();
     for (auto b = free_.begin(); b != free_.end(); ++b) {
       if (b->bytes >= bytes && b->bytes <= bytes + bytes / 4 && (best == free_.end() || b->bytes <= best->bytes))
         best = b;
     }
-    if (best == free_.end()) return map(bytes);
+    if (best == free_.end()) return map(bytes, asked / kHuge * kHuge);
     void* at = best->at;
     kept_ -= best->bytes;
     free_.erase(best);
@@ -74,13 +76,15 @@ class Blocks {
     return static_cast<size_t>(std::clamp(mb, 0L, 1L << 20)) << 20;
   }
 
-  void* map(size_t bytes) {
+  // The first `huge` bytes of it in huge pages: what is asked for mostly ends within one, and the rest of that would be
+  // memory nobody uses.
+  void* map(size_t bytes, size_t huge) {
     void* got = mmap(nullptr, bytes + kHuge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (got == MAP_FAILED) return nullptr;
     const uintptr_t from = reinterpret_cast<uintptr_t>(got), at = (from + kHuge - 1) & ~(kHuge - 1);
     if (at > from) munmap(got, at - from);
     if (at < from + kHuge) munmap(reinterpret_cast<void*>(at + bytes), from + kHuge - at);
-    madvise(reinterpret_cast<void*>(at), bytes, MADV_HUGEPAGE);
+    madvise(reinterpret_cast<void*>(at), huge, MADV_HUGEPAGE);
     sizes_[reinterpret_cast<void*>(at)] = bytes;
     return reinterpret_cast<void*>(at);
   }
@@ -132,7 +136,7 @@ Tensor empty(std::initializer_list<int64_t> sizes, const Tensor& like, ScalarTyp
                                                                                                          : 0;
   for (int64_t size : sizes) bytes *= static_cast<size_t>(size);
   if (bytes < kLeast || !torch_from_blob || !like.is_cpu()) return torch_empty(sizes, like, type);
-  void* at = blocks().take((bytes + kHuge - 1) / kHuge * kHuge);
+  void* at = blocks().take(bytes);
   if (!at) return torch_empty(sizes, like, type);  // whose own message says how much was asked for
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t axis = sizes.size(); axis-- > 1;) strides[axis - 1] = strides[axis] * sizes.begin()[axis];

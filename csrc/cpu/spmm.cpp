@@ -1,6 +1,8 @@
 // spmm, sddmm, csr_transpose and LightGCN propagation on the CPU (spec section 2).
 #include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <optional>
 #include <vector>
 
 #include "cpu/parallel.h"
@@ -70,16 +72,17 @@ void check_table(const Tensor& t, const char* name) {
   MMKD_CHECK(t.is_contiguous(), name, ": expected a contiguous tensor");
 }
 
-// Boundaries that cut n rows into pieces of about equal work, where a row costs its non-zeros and one more.
-// `rows` null: all rows in order, and the boundaries come from binary searches in rowptr.
-std::vector<int64_t> cut_evenly(const Csr& m, const int64_t* rows, int64_t n) {
-  const int64_t pieces = std::min<int64_t>(n, 16 * torch::stable::get_num_threads());
-  std::vector<int64_t> bounds{0};
+// Boundaries that cut positions [begin, end) into pieces of about equal work, where a row costs its non-zeros and one
+// more. `rows` null: a position is a row, and the boundaries come from binary searches in rowptr.
+std::vector<int64_t> cut_evenly(const Csr& m, const int64_t* rows, int64_t begin, int64_t end) {
+  const int64_t pieces = std::min<int64_t>(end - begin, 16 * torch::stable::get_num_threads());
+  std::vector<int64_t> bounds{begin};
   if (!rows) {
-    const double work = static_cast<double>(m.nnz + n);
+    const int64_t before = m.rowptr[begin] + begin;
+    const double work = static_cast<double>(m.rowptr[end] + end - before);
     for (int64_t p = 1; p < pieces; ++p) {
-      const int64_t goal = static_cast<int64_t>(work * p / pieces);
-      int64_t lo = bounds.back(), hi = n;
+      const int64_t goal = before + static_cast<int64_t>(work * p / pieces);
+      int64_t lo = bounds.back(), hi = end;
       while (lo < hi) {
         const int64_t mid = lo + (hi - lo) / 2;
         if (m.rowptr[mid] + mid < goal) {
@@ -92,27 +95,33 @@ std::vector<int64_t> cut_evenly(const Csr& m, const int64_t* rows, int64_t n) {
     }
   } else {
     int64_t work = 0, done = 0;
-    for (int64_t i = 0; i < n; ++i) work += m.rowptr[rows[i] + 1] - m.rowptr[rows[i]] + 1;
+    for (int64_t i = begin; i < end; ++i) work += m.rowptr[rows[i] + 1] - m.rowptr[rows[i]] + 1;
     const int64_t step = work / std::max<int64_t>(1, pieces) + 1;
-    for (int64_t i = 0; i < n; ++i) {
+    for (int64_t i = begin; i < end; ++i) {
       done += m.rowptr[rows[i] + 1] - m.rowptr[rows[i]] + 1;
       if (done >= step * static_cast<int64_t>(bounds.size())) bounds.push_back(i + 1);
     }
   }
-  bounds.push_back(n);
+  bounds.push_back(end);
   return bounds;
 }
 
-void run(const Csr& m, SpmmArgs a, int64_t n, bool read_again = false) {
-  a.stream =
-      (a.dtype == DType::f32 || a.out_f32) && !a.compact && past_caches(a.out, n, 4 * a.d, read_again ? 0.25 : 0.125);
-  const std::vector<int64_t> bounds = cut_evenly(m, a.rows, n);
+// Positions [begin, end): rows of a.rows, or rows. Returns one whose rowptr or col is out of range, or -1.
+int64_t try_run(const Csr& m, SpmmArgs a, int64_t begin, int64_t end, bool read_again) {
+  a.stream = (a.dtype == DType::f32 || a.out_f32) && !a.compact &&
+             past_caches(a.out, end - begin, 4 * a.d, read_again ? 0.25 : 0.125);
+  const std::vector<int64_t> bounds = cut_evenly(m, a.rows, begin, end);
   std::atomic<int64_t> bad{-1};
   for_chunks(static_cast<int64_t>(bounds.size()) - 1, [&](int64_t c) {
     const int64_t row = MMKD_ON_ISA(spmm(a, bounds[c], bounds[c + 1]));
     if (row >= 0) bad.store(row);
   });
-  if (bad.load() >= 0) fail_row(m, bad.load(), a.num_cols);
+  return bad.load();
+}
+
+void run(const Csr& m, const SpmmArgs& a, int64_t n, bool read_again = false) {
+  const int64_t bad = try_run(m, a, 0, n, read_again);
+  if (bad >= 0) fail_row(m, bad, a.num_cols);
 }
 
 SpmmArgs args_of(const Csr& m, const Tensor& x) {
@@ -169,7 +178,7 @@ Tensor sddmm(Tensor rowptr, Tensor col, Tensor a, Tensor b, OptTensor row_scale,
                        b.size(0),
                        m.nnz,
                        a.size(1)};
-  const std::vector<int64_t> bounds = cut_evenly(m, nullptr, m.num_rows);
+  const std::vector<int64_t> bounds = cut_evenly(m, nullptr, 0, m.num_rows);
   std::atomic<int64_t> bad{-1};
   for_chunks(static_cast<int64_t>(bounds.size()) - 1, [&](int64_t c) {
     const int64_t row = MMKD_ON_ISA(sddmm(args, bounds[c], bounds[c + 1]));
@@ -319,21 +328,153 @@ Tensor layer_out(SpmmArgs& a, int64_t rows, const Tensor& x, bool last) {
   return out;
 }
 
-// Horner's form over all rows: h <- x + Â h, num_layers >= 1 times, then / (num_layers + 1).
-Tensor horner(const Graph& g, const Tensor& x, int64_t num_layers, bool mixed) {
-  SpmmArgs a = layer_args(g, x, mixed);
-  Tensor h = mixed ? narrowed(x) : x;
-  for (int64_t l = 1; l <= num_layers; ++l) {
-    a.x = h.const_data_ptr();
-    a.alpha = l == num_layers ? 1.0 / static_cast<double>(num_layers + 1) : 1.0;
-    Tensor out = layer_out(a, g.m.num_rows, x, l == num_layers);
-    run(g.m, a, g.m.num_rows, l < num_layers);
-    h = out;
+// Where the second side of a graph of two sides begins, if this is one: no edge joins nodes of the same side, so
+// columns of the first one's rows lie behind that place, and those of the second one's before it. Whoever relies on it
+// checks every row he takes. Columns ascend within a row, or the place is wrong, which is found then.
+int64_t split_of(const Csr& m) {
+  const auto first_of = [&](int64_t row) {
+    const int64_t lo = m.rowptr[row], hi = m.rowptr[row + 1];
+    return lo >= 0 && lo < hi && hi <= m.nnz ? m.at(lo) : -1;
+  };
+  int64_t lo = 0, hi = m.num_rows;
+  while (lo < hi) {
+    const int64_t mid = lo + (hi - lo) / 2;
+    int64_t row = mid;
+    while (row < hi && first_of(row) < 0) ++row;
+    if (row == hi || first_of(row) < row) {
+      hi = mid;
+    } else {
+      lo = row + 1;
+    }
   }
-  return h;
+  return lo;
 }
 
-// Horner's form: h <- x + Â h, num_layers times, then / (num_layers + 1). The mean costs no pass of its own.
+// Layers h of propagation, one after the other. A side of the next one is made from the other side of this one, so the
+// smaller side goes into memory of its own and the larger one over the one it replaces: two layers take a table and a
+// side instead of two tables.
+class Layers {
+ public:
+  // given: the table is somebody else's. split: where the second side begins; 0: not known.
+  Layers(const Csr& m, const Tensor& table, int64_t split, bool given)
+      : m_(m),
+        split_(split == m.num_rows ? 0 : split),
+        second_is_small_(2 * split > m.num_rows),
+        table_(table),
+        given_(given) {}
+
+  // h <- what `a` makes of it, for all nodes, or for those of an ascending list: then the others are not to be read.
+  // like: as in layer_out. False: a row of one side has a neighbour on it, and h is lost.
+  bool next(SpmmArgs a, const Tensor& like, const std::vector<int64_t>* list) {
+    const int64_t n = list ? static_cast<int64_t>(list->size()) : m_.num_rows;
+    if (n == 0) return true;
+    a.rows = list ? list->data() : nullptr;
+    if (given_ || split_ == 0) {
+      a.x = table_.const_data_ptr();
+      Tensor out = layer_out(a, m_.num_rows, like, false);
+      run(m_, a, n, true);
+      table_ = out;
+      given_ = false;
+      return true;
+    }
+    const int64_t size = second_is_small_ ? m_.num_rows - split_ : split_;
+    if (!spare_) spare_ = empty({size, table_.size(1)}, table_);
+    const char* small = at(second_is_small_);
+    a.out = at_place(second_is_small_, !apart_);
+    if (!side(a, second_is_small_, at(!second_is_small_), n, true)) return false;
+    a.out = at(!second_is_small_);
+    if (!side(a, !second_is_small_, small, n, true)) return false;
+    apart_ = !apart_;
+    return true;
+  }
+
+  // The layer that `a` makes of h, of all nodes, in a table. Empty: as above.
+  std::optional<Tensor> finish(SpmmArgs a, const Tensor& like) {
+    if (apart_ && !a.add_f32) return next(a, like, nullptr) ? std::optional<Tensor>(table_) : std::nullopt;
+    const Tensor out = layer_out(a, m_.num_rows, like, true);
+    return last(a, m_.num_rows) ? std::optional<Tensor>(out) : std::nullopt;
+  }
+
+  // What `a` makes of h at n positions goes where `a` says. False: as above.
+  bool last(SpmmArgs a, int64_t n) {
+    if (apart_ && a.rows && !std::is_partitioned(a.rows, a.rows + n, [&](int64_t r) { return r < split_; })) join();
+    a.x = table_.const_data_ptr();
+    if (!apart_) {
+      run(m_, a, n);
+      return true;
+    }
+    return side(a, false, at(true), n, false) && side(a, true, at(false), n, false);
+  }
+
+ private:
+  int64_t row_bytes() const { return table_.size(1) * static_cast<int64_t>(table_.element_size()); }
+
+  // Where a node's row of the side would be if all nodes' lay there; `apart`: of the smaller side's memory of its own.
+  char* at_place(bool second, bool apart) const {
+    const Tensor& rows = apart ? *spare_ : table_;
+    const uintptr_t start = reinterpret_cast<uintptr_t>(rows.const_data_ptr());
+    return reinterpret_cast<char*>(apart && second ? start - static_cast<uintptr_t>(split_ * row_bytes()) : start);
+  }
+  char* at(bool second) const { return at_place(second, apart_ && second == second_is_small_); }
+
+  // The positions of one side, from the other side's rows at x; false where a column is not one of those.
+  bool side(SpmmArgs a, bool second, const char* x, int64_t n, bool read_again) const {
+    const int64_t middle =
+        a.rows ? std::partition_point(a.rows, a.rows + n, [&](int64_t r) { return r < split_; }) - a.rows : split_;
+    const int64_t begin = second ? middle : 0, end = second ? n : middle;
+    a.x = x;
+    a.first_col = second ? 0 : split_;
+    a.num_cols = second ? split_ : m_.num_rows;
+    return begin == end || try_run(m_, a, begin, end, read_again) < 0;
+  }
+
+  // The smaller side to where the larger one is.
+  void join() {
+    const int64_t bytes = row_bytes(), first = second_is_small_ ? split_ : 0;
+    std::memcpy(static_cast<char*>(table_.mutable_data_ptr()) + first * bytes, spare_->const_data_ptr(),
+                static_cast<size_t>(spare_->size(0) * bytes));
+    apart_ = false;
+  }
+
+  const Csr& m_;
+  const int64_t split_;
+  const bool second_is_small_;
+  Tensor table_;                 // of all nodes
+  std::optional<Tensor> spare_;  // of the smaller side
+  bool given_, apart_ = false;   // apart: the smaller side is in spare_
+};
+
+// f(split), where the graph's second side may begin. If f finds by an empty result that the graph has no sides, or if
+// they are of no use, f(0).
+template <class F>
+auto with_sides(const Csr& m, bool of_use, const F& f) {
+  auto result = f(of_use ? split_of(m) : 0);
+  return result ? result : f(0);
+}
+
+// Horner's form: h <- x + Â h, num_layers >= 1 times, then / (num_layers + 1): the mean costs no pass of its own. Of
+// all rows, or of n wanted ones.
+std::optional<Tensor> horner(const Graph& g, const Tensor& x, int64_t num_layers, const int64_t* wanted, int64_t n,
+                             bool mixed, int64_t split) {
+  SpmmArgs a = layer_args(g, x, mixed);
+  Layers h(g.m, mixed ? narrowed(x) : x, split, !mixed);
+  for (int64_t l = 1; l < num_layers; ++l) {
+    if (wanted && l == num_layers - 1 && !nearly_all(g.m, wanted, n)) {
+      // Only what the last layer will gather is computed.
+      const std::vector<int64_t> needed = flagged(neighbourhood(g.m, wanted, n, false));
+      if (!h.next(a, x, &needed)) return std::nullopt;
+    } else if (!h.next(a, x, nullptr)) {
+      return std::nullopt;
+    }
+  }
+  a.alpha = 1.0 / static_cast<double>(num_layers + 1);
+  if (!wanted) return h.finish(a, x);
+  a.rows = wanted;
+  a.compact = true;
+  const Tensor out = layer_out(a, n, x, true);
+  return h.last(a, n) ? std::optional<Tensor>(out) : std::nullopt;
+}
+
 Tensor propagate_as(const Tensor& rowptr, const Tensor& col, const Tensor& scale, const Tensor& x, int64_t num_layers,
                     const OptTensor& rows, bool mixed) {
   check_table(x, "x");
@@ -345,33 +486,8 @@ Tensor propagate_as(const Tensor& rowptr, const Tensor& col, const Tensor& scale
   // An empty `rows` has a null pointer, which would read as "all rows" below.
   if (rows && n == 0) return empty({0, x.size(1)}, x);
   if (num_layers == 0) return identity_layers(x, wanted, n);
-  if (!wanted) return horner(g, x, num_layers, mixed);
-
-  SpmmArgs a = layer_args(g, x, mixed);
-  Tensor h = mixed ? narrowed(x) : x;
-  for (int64_t l = 1; l <= num_layers; ++l) {
-    const bool last = l == num_layers;
-    a.x = h.const_data_ptr();
-    a.alpha = last ? 1.0 / static_cast<double>(num_layers + 1) : 1.0;
-    Tensor out = layer_out(a, last ? n : g.m.num_rows, x, last);
-    if (last) {
-      a.rows = wanted;
-      a.compact = true;
-      run(g.m, a, n);
-    } else if (l == num_layers - 1 && !nearly_all(g.m, wanted, n)) {
-      // Only what the last layer will gather is computed; the other rows of `out` stay unwritten and unread.
-      const std::vector<int64_t> needed = flagged(neighbourhood(g.m, wanted, n, false));
-      if (!needed.empty()) {
-        a.rows = needed.data();
-        run(g.m, a, static_cast<int64_t>(needed.size()), true);
-        a.rows = nullptr;
-      }
-    } else {
-      run(g.m, a, g.m.num_rows, true);
-    }
-    h = out;
-  }
-  return h;
+  return *with_sides(g.m, num_layers > (mixed ? 1 : 2),
+                     [&](int64_t split) { return horner(g, x, num_layers, wanted, n, mixed, split); });
 }
 
 Tensor propagate(Tensor rowptr, Tensor col, Tensor scale, Tensor x, int64_t num_layers, OptTensor rows,
@@ -491,15 +607,23 @@ struct FromRows {
     return h;
   }
 
-  // h <- g + Â h.
-  Tensor next(const Tensor& h) const {
-    SpmmArgs a = args();
-    a.x = h.const_data_ptr();
-    Tensor out = layer_out(a, g.m.num_rows, grad, false);
-    run(g.m, a, g.m.num_rows, true);
-    return out;
+  // The layer before the last one back: h1 = g + Â g, h <- g + Â h.
+  std::optional<Layers> layers(int64_t num_layers, int64_t split) const {
+    Layers h(g.m, first(false), split, false);
+    for (int64_t l = 2; l < num_layers; ++l) {
+      if (!h.next(args(), grad, nullptr)) return std::nullopt;
+    }
+    return h;
+  }
+  std::optional<Layers> layers(int64_t num_layers) const {
+    return with_sides(g.m, num_layers > 2, [&](int64_t split) { return layers(num_layers, split); });
   }
 };
+
+// The layers before were of all rows, and each of them was checked.
+void check_sides(bool good) {
+  if (!good) fail("rowptr, col: changed while they were being read");
+}
 
 // The gradient of propagate(...)[rows] with respect to x. Â is symmetric, so it is the same Horner form, started from
 // the gradient's own rows: h1 = g + Â g, h <- g + Â h. grad: [len(rows), d]; rows ascending, each once.
@@ -508,15 +632,13 @@ Tensor backward_rows(const Graph& g, const Tensor& grad, int64_t num_layers, con
   const int64_t nodes = g.m.num_rows;
   if (num_layers == 0) return scatter_rows(grad, rows, nodes);
   const FromRows from(g, grad, rows, mixed);
-  Tensor h = from.first(num_layers == 1);
-  if (num_layers == 1) return h;
-  for (int64_t l = 2; l < num_layers; ++l) h = from.next(h);
+  if (num_layers == 1) return from.first(true);
+  std::optional<Layers> h = from.layers(num_layers);
   SpmmArgs a = from.args();
-  a.x = h.const_data_ptr();
   a.alpha = 1.0 / static_cast<double>(num_layers + 1);
-  Tensor out = layer_out(a, nodes, grad, true);
-  run(g.m, a, nodes);
-  return out;
+  const std::optional<Tensor> out = h->finish(a, grad);
+  check_sides(out.has_value());
+  return *out;
 }
 
 bool ascending(const int64_t* rows, int64_t n) {
@@ -613,13 +735,11 @@ void propagate_adamw(Tensor rowptr, Tensor col, Tensor scale, Tensor grad, int64
     dense_step(backward_rows(g, grad, num_layers, from.rows, mixed), adamw, from.place.data());
     return;
   }
-  Tensor h = from.first(false);
-  for (int64_t l = 2; l < num_layers; ++l) h = from.next(h);
+  std::optional<Layers> h = from.layers(num_layers);
   SpmmArgs a = from.args();
-  a.x = h.const_data_ptr();
   a.alpha = 1.0 / static_cast<double>(num_layers + 1);
   a.adamw = &adamw;
-  run(g.m, a, nodes);
+  check_sides(h->last(a, nodes));
 }
 
 }  // namespace

@@ -275,8 +275,7 @@ void rows_weighted(const Entries<T, I>& e, const Table<T>& t, int64_t begin, int
   }
 }
 
-// Whether all columns lie in [0, num_cols), and the first and the last of them: unsigned, so that a negative one is
-// huge.
+// The first and the last of some columns: unsigned, so that a negative one is huge.
 template <class I>
 struct Span {
   using U = decltype(I() + 0u);
@@ -298,10 +297,21 @@ MMKD_INLINE Span<I> span_of(const I* col, int64_t n) {
   }
   return {first, last};
 }
-template <class I>
-MMKD_INLINE bool columns_in_range(const I* col, int64_t n, int64_t num_cols) {
-  return n == 0 || static_cast<uint64_t>(span_of(col, n).last) < static_cast<uint64_t>(num_cols);
-}
+// Where columns may lie: [first, end).
+struct Columns {
+  int64_t first, end;
+
+  template <class S>
+  MMKD_INLINE bool hold(const S& span) const {
+    return static_cast<uint64_t>(span.first) >= static_cast<uint64_t>(first) &&
+           static_cast<uint64_t>(span.last) < static_cast<uint64_t>(end);
+  }
+  template <class I>
+  MMKD_INLINE bool hold(const I* col, int64_t n) const {
+    return n == 0 || hold(span_of(col, n));
+  }
+};
+MMKD_INLINE Columns columns_of(const SpmmArgs& a) { return {a.first_col, a.num_cols}; }
 
 // A block of rows [begin, end), end > begin, of about kBlock non-zeros.
 struct Block {
@@ -312,7 +322,7 @@ struct Block {
 
 // The rows' columns lie one after the other, so the good case is two loops without a branch per row.
 template <class I>
-Block next_block(const int64_t* rowptr, const I* col, int64_t begin, int64_t end, int64_t nnz, int64_t num_cols) {
+Block next_block(const int64_t* rowptr, const I* col, int64_t begin, int64_t end, int64_t nnz, const Columns& may) {
   int64_t stop = begin, fell = 0;
   do {
     fell |= rowptr[stop + 1] - rowptr[stop];
@@ -322,12 +332,11 @@ Block next_block(const int64_t* rowptr, const I* col, int64_t begin, int64_t end
   if (fell >= 0 && lo >= 0 && hi <= nnz) {
     if (hi == lo) return {stop, -1, 0};
     const Span<I> span = span_of(col + lo, hi - lo);
-    if (static_cast<uint64_t>(span.last) < static_cast<uint64_t>(num_cols))
-      return {stop, -1, static_cast<int64_t>(span.last) - static_cast<int64_t>(span.first)};
+    if (may.hold(span)) return {stop, -1, static_cast<int64_t>(span.last) - static_cast<int64_t>(span.first)};
   }
   int64_t r = begin;
   while (r < stop && rowptr[r] >= 0 && rowptr[r] <= rowptr[r + 1] && rowptr[r + 1] <= nnz &&
-         columns_in_range(col + rowptr[r], rowptr[r + 1] - rowptr[r], num_cols)) {
+         may.hold(col + rowptr[r], rowptr[r + 1] - rowptr[r])) {
     ++r;
   }
   return {stop, r < stop ? r : begin, 0};
@@ -411,7 +420,7 @@ template <class T, class I, class Compute>
 int64_t rows_in_order(const SpmmArgs& a, int64_t begin, int64_t end, const Compute& compute) {
   const int64_t far_rows = kFarBytes / (a.d * static_cast<int64_t>(sizeof(T)) + 1);
   while (begin < end) {
-    const Block block = next_block(a.rowptr, static_cast<const I*>(a.col), begin, end, a.nnz, a.num_cols);
+    const Block block = next_block(a.rowptr, static_cast<const I*>(a.col), begin, end, a.nnz, columns_of(a));
     if (block.bad >= 0) return block.bad;
     if (!a.far) {
       compute(Prefetching<kBeginnings>(), begin, block.end);
@@ -485,12 +494,13 @@ struct Copied {
   MMKD_INLINE bool copy_vectors(const Entries<T, I>& e, int64_t to, int64_t& j, int64_t& k) {
 #if defined(MMKD_ISA_avx512)
     if constexpr (kSame<Acc<T>, float> && kSame<I, int32_t>) {
-      const auto bound = static_cast<uint32_t>(a.num_cols <= INT32_MAX ? a.num_cols : int64_t{INT32_MAX} + 1);
-      const __m512i end = _mm512_set1_epi32(static_cast<int>(bound));
+      const int64_t bound = (a.num_cols <= INT32_MAX ? a.num_cols : int64_t{INT32_MAX} + 1) - a.first_col;
+      const __m512i first = _mm512_set1_epi32(static_cast<int>(a.first_col));
+      const __m512i end = _mm512_set1_epi32(static_cast<int>(static_cast<uint32_t>(bound)));
       for (; j < to && k + 16 <= kBlock; j += 16) {
         const auto there = static_cast<__mmask16>(to - j < 16 ? (1u << (to - j)) - 1 : 0xffffu);
         const __m512i c = _mm512_maskz_loadu_epi32(there, e.col + j);
-        if (_mm512_mask_cmpge_epu32_mask(there, c, end)) return false;
+        if (_mm512_mask_cmpge_epu32_mask(there, _mm512_sub_epi32(c, first), end)) return false;
         __m512i at = c;
         __mmask16 keep = there;
         if constexpr (kMapped) {
@@ -522,7 +532,8 @@ struct Copied {
     }
     for (; j < to && k < kBlock; ++j) {
       const I c = e.col[j];
-      if (static_cast<uint64_t>(c) >= static_cast<uint64_t>(a.num_cols)) return -1;
+      const uint64_t behind = static_cast<uint64_t>(static_cast<int64_t>(c)) - static_cast<uint64_t>(a.first_col);
+      if (behind >= static_cast<uint64_t>(a.num_cols - a.first_col)) return -1;
       const I at = kMapped ? static_cast<I>(a.col_map[c]) : c;
       col[k] = at;
       w[k] = weight_of<kWeights>(e, j);
@@ -586,7 +597,7 @@ struct Copied {
   };
 
   bool add_long(const RowOut<A, O>& next) {
-    if (!columns_in_range(static_cast<const I*>(a.col) + next.from, next.to - next.from, a.num_cols)) return false;
+    if (!columns_of(a).hold(static_cast<const I*>(a.col) + next.from, next.to - next.from)) return false;
     const LongRow one{*this, next};
     if (t.d < Vec<T>::size) {
       one.narrow();
@@ -684,7 +695,7 @@ void sddmm_row(const SddmmArgs& a, int64_t r) {
 template <class T, class I>
 int64_t sddmm_typed(const SddmmArgs& a, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end;) {
-    const Block block = next_block(a.rowptr, static_cast<const I*>(a.col), r, end, a.nnz, a.num_cols);
+    const Block block = next_block(a.rowptr, static_cast<const I*>(a.col), r, end, a.nnz, Columns{0, a.num_cols});
     if (block.bad >= 0) return block.bad;
     for (; r < block.end; ++r) sddmm_row<T, I>(a, r);
   }

@@ -22,7 +22,7 @@ struct SpmmArgs {
   bool col64;              // col is int64, else int32
   const int64_t* rowptr;   // [num_rows + 1]
   const void* col;         // [nnz]
-  const void* x;           // [num_cols, d]
+  const void* x;           // [num_cols, d]; rows below first_col are not read
   const void* value;       // [nnz] accumulator type, or null for ones
   const void* row_scale;   // [num_rows] accumulator type, or null
   const void* col_scale;   // [num_cols] accumulator type, or null
@@ -39,6 +39,7 @@ struct SpmmArgs {
       far;  // rows are prefetched whole, those from far away into the second-level cache as well; else their beginnings
   bool stream;  // out is written past the caches; float32, aligned to 64 bytes, d a multiple of 16
   int64_t num_rows, num_cols, nnz, d;
+  int64_t first_col;  // columns are to be in [first_col, num_cols)
   double alpha;
 };
 

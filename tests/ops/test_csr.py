@@ -123,9 +123,9 @@ def test_some_rows_of_malformed_stay_within_it(p):
 def test_propagate_refuses_malformed(p):
     scale, x, everyone = torch.ones(p.num_rows), torch.randn(p.num_rows, 8), torch.arange(p.num_rows)
     for op in (torch.ops.mmkd.propagate, torch.ops.mmkd.propagate_backward):
-        for rows in (None, everyone):
+        for rows, num_layers in ((None, 2), (everyone, 2), (None, 3), (everyone, 3)):
             with pytest.raises(RuntimeError, match=REFUSAL):
-                op(*tensors(p), scale, x, 2, rows)
+                op(*tensors(p), scale, x, num_layers, rows)
 
 
 def test_wrong_lengths_and_types_are_refused():
