@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import floor
 import pytest
 import torch
 from cases import batch
@@ -28,7 +29,8 @@ def bench_bpr_pair_kd(compare, name, form):
     compare(
         "bpr_pair_kd", f"{name} {form} fwd+bwd", forward_backward(ours, leaves),
         {"eager": forward_backward(lambda: eager(*leaves), leaves),
-         "torch.compile": fused and forward_backward(lambda: fused(*leaves), leaves)},
+         "torch.compile": fused and forward_backward(lambda: fused(*leaves), leaves),
+         "floor: a call of nothing": forward_backward(floor.call_alone(leaves), leaves)},
         targets=dict.fromkeys(("eager", "torch.compile"), 5 if form == "full" else 8), memory=True,
         # rows read forward and backward, dense gradients written
         moved_bytes=4 * (6 * b.users.numel() * b.user_emb.shape[1] + b.user_emb.numel() + b.item_emb.numel()),

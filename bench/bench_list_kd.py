@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import floor
 import pytest
 import torch
 from cases import batch
@@ -27,7 +28,8 @@ def bench_list_kd(compare, name, form):
     compare(
         "list_kd", f"{name} {form} M=2 fwd+bwd", forward_backward(ours, leaves),
         {"eager": forward_backward(lambda: eager(*leaves), leaves),
-         "torch.compile": fused and forward_backward(lambda: fused(*leaves), leaves)},
+         "torch.compile": fused and forward_backward(lambda: fused(*leaves), leaves),
+         "floor: a call of nothing": forward_backward(floor.call_alone(leaves), leaves)},
         targets=dict.fromkeys(("eager", "torch.compile"), 7 if form == "full" else 8), memory=True,
         moved_bytes=4 * (3 * b.candidates.numel() * b.user_emb.shape[1] + b.user_emb.numel() + b.item_emb.numel()),
     )  # fmt: skip

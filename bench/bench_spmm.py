@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import floor
 import pytest
 import torch
 from cases import DIM, graph
@@ -47,6 +48,7 @@ def bench_spmm_forward(compare, name, dtype):
         rivals |= {"torch coo": lambda: coo @ x32, "pyg LGConv csr": pyg and (lambda: pyg(x32))}
     else:
         torch.testing.assert_close(ours().float(), csr @ x32, atol=5e-2, rtol=5e-2)
+    rivals["floor: rows read"] = floor.rows_read([(x, g.col)])
     targets = {"torch csr fp32": 5 if dtype == torch.float32 else 9}
     compare("spmm", f"{name} forward {dtype}".replace("torch.", ""), ours, rivals, targets=targets,
             moved_bytes=_moved(g, x.element_size()), flops=4 * g.num_edges * DIM)  # fmt: skip
@@ -105,7 +107,8 @@ def bench_propagate(compare, name, restricted):
     targets = {"csr autograd": 15, "csr symmetric": 7} if restricted else {"csr autograd": 10, "csr symmetric": 5}
     label = "rows=3072" if restricted else "all rows"
     compare("propagate", f"{name} L=2 {label} fwd+bwd", lambda: run(ours),
-            {"csr autograd": lambda: run(plain), "csr symmetric": lambda: run(symmetric)},
+            {"csr autograd": lambda: run(plain), "csr symmetric": lambda: run(symmetric),
+             "floor: rows read": floor.rows_read(floor.propagation(g, rows, DIM))},
             targets=targets, memory=True, rounds=5 if name == "amazon-book" else 10)  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import count
 
+import floor
 import pytest
 import steps
 import torch
@@ -83,3 +84,14 @@ def bench_student_step_with_amp(compare, name):
     narrow, wide = (steps.student(name, compute=kind, emb_sample=1024) for kind in (torch.bfloat16, None))
     compare("student step", f"{name} L=2, amp bf16", _our_steps(narrow, 1), {"float32": _our_steps(wide, 1)},
             rounds=20, warmup=2, calls=4)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STUDENT_TARGETS)
+def bench_student_step_floor(compare, name):
+    """Beside the rows that propagation of one batch reads, and AdamW's tables read and written: nothing else of a step."""
+    pair = steps.student(name, emb_sample=1024)
+    rows, table = pair.task.batch(0, 0).nodes.rows, pair.parameters[0].detach()
+    read = floor.rows_read(floor.propagation(pair.task.graph, rows, table.shape[1]))
+    stepped = floor.step_of([table.clone(), torch.zeros_like(table), torch.zeros_like(table)])
+    compare("student step", f"{name} L=2, EmbKD sampled, beside its floor", _our_steps(pair, 1),
+            {"floor: rows read, tables stepped": floor.both(read, stepped)}, rounds=20, warmup=2, calls=4)  # fmt: skip
