@@ -118,7 +118,7 @@ class _Nothing(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return None, None, *ctx.grads
+        return None, None, *(g.detach() for g in ctx.grads)  # of their own, so that nobody copies them
 
 
 def call_alone(leaves: list[Tensor]) -> Callable[[], Tensor]:
