@@ -23,6 +23,7 @@ def bench_list_kd(compare, name, form):
     def ours():
         return ops.list_kd_loss(*leaves, b.users, b.candidates, b.teacher_logits)
 
+    eager(*leaves)  # torch's first one in a process is now and then 2e-5 away from all that follow
     torch.testing.assert_close(ours(), eager(*leaves))
     fused = compiled(eager)
     compare(
