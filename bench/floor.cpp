@@ -2,6 +2,7 @@
 // threads, and making next to nothing of them. Compiled by bench/floor.py; no part of the package.
 #include <stdint.h>
 
+#include <atomic>
 #include <condition_variable>
 #include <functional>
 #include <mutex>
@@ -108,11 +109,15 @@ volatile uint32_t kept;  // so that nothing is left out
 
 // Reads rows index[0 .. n) of `lines` lines of 64 bytes each (2, 4).
 extern "C" void floor_read(const char* table, const int32_t* index, int64_t n, int lines, int ahead, int threads) {
+  constexpr int64_t kPieces = 64;  // whoever is free takes the next, as in the ops
   std::vector<uint32_t> totals(16 * threads);
+  std::atomic<int64_t> next{0};
   pool(threads).run([&](int t) {
-    const int64_t begin = n * t / threads, end = n * (t + 1) / threads;
-    totals[16 * t] =
-        lines == 2 ? read_by<2>(ahead, table, index, begin, end, n) : read_by<4>(ahead, table, index, begin, end, n);
+    for (int64_t p; (p = next.fetch_add(1)) < kPieces;) {
+      const int64_t begin = n * p / kPieces, end = n * (p + 1) / kPieces;
+      totals[16 * t] +=
+          lines == 2 ? read_by<2>(ahead, table, index, begin, end, n) : read_by<4>(ahead, table, index, begin, end, n);
+    }
   });
   kept = totals[0];
 }

@@ -78,8 +78,10 @@ std::vector<int64_t> cut_evenly(const Csr& m, const int64_t* rows, int64_t begin
   const int64_t pieces = std::min<int64_t>(end - begin, 16 * torch::stable::get_num_threads());
   std::vector<int64_t> bounds{begin};
   if (!rows) {
-    const int64_t before = m.rowptr[begin] + begin;
-    const double work = static_cast<double>(m.rowptr[end] + end - before);
+    // Of rows that nobody has checked yet.
+    const auto entries_before = [&](int64_t row) { return std::clamp<int64_t>(m.rowptr[row], 0, m.nnz); };
+    const int64_t before = entries_before(begin) + begin;
+    const double work = static_cast<double>(entries_before(end) + end - before);
     for (int64_t p = 1; p < pieces; ++p) {
       const int64_t goal = before + static_cast<int64_t>(work * p / pieces);
       int64_t lo = bounds.back(), hi = end;

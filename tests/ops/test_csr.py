@@ -126,6 +126,8 @@ def test_propagate_refuses_malformed(p):
         for rows, num_layers in ((None, 2), (everyone, 2), (None, 3), (everyone, 3)):
             with pytest.raises(RuntimeError, match=REFUSAL):
                 op(*tensors(p), scale, x, num_layers, rows)
+    with pytest.raises(RuntimeError, match=REFUSAL):  # where no layer before checked a row
+        torch.ops.mmkd.propagate_mixed(*tensors(p), scale, x, 3, None)
 
 
 def test_wrong_lengths_and_types_are_refused():
