@@ -243,8 +243,8 @@ const int64_t* rows_of(const Tensor& rows, int64_t num_nodes) {
   return r;
 }
 
-// Flags N(rows), and rows themselves if asked.
-std::vector<uint8_t> neighbourhood(const Csr& m, const int64_t* rows, int64_t n, bool with_rows) {
+// Flags N(rows).
+std::vector<uint8_t> neighbourhood(const Csr& m, const int64_t* rows, int64_t n) {
   std::vector<uint8_t> flags(m.num_rows, 0);
   std::atomic<int64_t> bad{-1};
   for_range(n, 256, [&](int64_t begin, int64_t end) {
@@ -259,7 +259,6 @@ std::vector<uint8_t> neighbourhood(const Csr& m, const int64_t* rows, int64_t n,
           __atomic_store_n(&flags[c], uint8_t{1}, __ATOMIC_RELAXED);
       }
       if (!good) return bad.store(rows[i]);
-      if (with_rows) __atomic_store_n(&flags[rows[i]], uint8_t{1}, __ATOMIC_RELAXED);
     }
   });
   if (bad.load() >= 0) fail_row(m, bad.load(), m.num_rows);
@@ -287,10 +286,6 @@ int64_t entries_of(const Csr& m, const int64_t* rows, int64_t n) {
 // neighbours have about two thirds of the non-zeros (74 % with 0.9 at Netflix and Amazon-Book size, 63 % with 0.54 at
 // Electronics size), and rows in order take less time an entry than rows of a list.
 bool nearly_all(const Csr& m, const int64_t* rows, int64_t n) { return 4 * entries_of(m, rows, n) > 3 * m.num_rows; }
-
-// Whether the first layer back gathers from the rows' gradients rather than pushing them to neighbours, where an entry
-// is a read and a write of its target.
-bool gathers(const Csr& m, const int64_t* rows, int64_t n) { return 10 * entries_of(m, rows, n) > m.nnz; }
 
 Tensor identity_layers(const Tensor& x, const int64_t* rows, int64_t n) {
   if (!rows) return torch::stable::clone(x);
@@ -463,7 +458,7 @@ std::optional<Tensor> horner(const Graph& g, const Tensor& x, int64_t num_layers
   for (int64_t l = 1; l < num_layers; ++l) {
     if (wanted && l == num_layers - 1 && !nearly_all(g.m, wanted, n)) {
       // Only what the last layer will gather is computed.
-      const std::vector<int64_t> needed = flagged(neighbourhood(g.m, wanted, n, false));
+      const std::vector<int64_t> needed = flagged(neighbourhood(g.m, wanted, n));
       if (!h.next(a, x, &needed)) return std::nullopt;
     } else if (!h.next(a, x, nullptr)) {
       return std::nullopt;
@@ -527,38 +522,6 @@ std::vector<int32_t> positions(const std::vector<int64_t>& rows, int64_t nodes) 
   return position;
 }
 
-// h1 = g + Â g of gradient rows g at `rows`, by pushing them to their neighbours. `active`: those and the rows.
-void push_layer(const Graph& g, const Tensor& grad, const std::vector<int64_t>& rows, const uint8_t* active,
-                Tensor& h) {
-  const int64_t nodes = g.m.num_rows, d = grad.size(1);
-  const int64_t row_bytes = d * static_cast<int64_t>(grad.element_size());
-  char* to = static_cast<char*>(h.mutable_data_ptr());
-  const bool stream = past_caches(to, nodes, row_bytes, 0.125);
-  for_range(nodes, 1024,
-            [&](int64_t begin, int64_t end) { MMKD_ON_ISA(zero_rows(to, row_bytes, active, stream, begin, end)); });
-  const PushArgs push{dtype_of(grad),
-                      g.m.col64,
-                      g.m.rowptr,
-                      g.m.col,
-                      g.scale,
-                      grad.const_data_ptr(),
-                      rows.data(),
-                      to,
-                      static_cast<int64_t>(rows.size()),
-                      d};
-  const int64_t pieces = 4 * torch::stable::get_num_threads();
-  for_chunks(pieces, [&](int64_t p) { MMKD_ON_ISA(push_rows(push, nodes * p / pieces, nodes * (p + 1) / pieces)); });
-}
-
-void scale_by(Tensor& t, double factor) {
-  auto each = [&](auto* p) {
-    for_range(t.numel(), 1 << 16, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) p[i] *= factor;
-    });
-  };
-  t.scalar_type() == ScalarType::Double ? each(mutable_data<double>(t)) : each(mutable_data<float>(t));
-}
-
 Tensor scatter_rows(const Tensor& grad, const std::vector<int64_t>& rows, int64_t nodes) {
   Tensor out = empty({nodes, grad.size(1)}, grad);
   const int64_t bytes = grad.size(1) * static_cast<int64_t>(grad.element_size());
@@ -589,23 +552,30 @@ struct FromRows {
     return a;
   }
 
+  // [len(rows)], in the type of their gradients.
+  Tensor scales_of_rows() const {
+    Tensor out = empty({static_cast<int64_t>(rows.size())}, grad);
+    const auto pick = [&](const auto* from, auto* to) {
+      for (size_t i = 0; i < rows.size(); ++i) to[i] = from[rows[i]];
+    };
+    if (out.scalar_type() == ScalarType::Double) {
+      pick(static_cast<const double*>(g.scale), mutable_data<double>(out));
+    } else {
+      pick(static_cast<const float*>(g.scale), mutable_data<float>(out));
+    }
+    return out;
+  }
+
   // g + Â g, [nodes, d]; halved if it is the only layer.
   Tensor first(bool only) const {
-    const int64_t nodes = g.m.num_rows, count = static_cast<int64_t>(rows.size());
-    if (mixed || gathers(g.m, rows.data(), count)) {  // sums of what is pushed would have to be float32
-      SpmmArgs a = args();
-      const Tensor gathered = mixed ? narrowed(grad) : grad;
-      a.x = gathered.const_data_ptr();
-      a.col_map = place.data();
-      a.alpha = only ? 0.5 : 1.0;
-      Tensor h = layer_out(a, nodes, grad, only);
-      run(g.m, a, nodes, !only);
-      return h;
-    }
-    Tensor h = empty({nodes, grad.size(1)}, grad);
-    const std::vector<uint8_t> active = neighbourhood(g.m, rows.data(), count, true);
-    push_layer(g, grad, rows, active.data(), h);
-    if (only) scale_by(h, 0.5);
+    SpmmArgs a = args();
+    const Tensor gathered = mixed ? narrowed(grad) : grad, scales = scales_of_rows();
+    a.x = gathered.const_data_ptr();
+    a.col_map = place.data();
+    a.col_scale = scales.const_data_ptr();
+    a.alpha = only ? 0.5 : 1.0;
+    Tensor h = layer_out(a, g.m.num_rows, grad, only);
+    run(g.m, a, g.m.num_rows, !only);
     return h;
   }
 

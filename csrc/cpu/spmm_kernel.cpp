@@ -28,8 +28,9 @@ struct Entries {
   int64_t n;                // that may be looked at for prefetching; their columns need not be checked yet
 };
 
-// What of a row to come is prefetched: all of it, once or twice; or where it begins, and the processor brings the rest.
-enum Ahead { kNearRows, kFarRows, kBeginnings };
+// What of a row to come is prefetched: all of it, once or twice; where it begins, and the processor brings the rest; or
+// nothing.
+enum Ahead { kNearRows, kFarRows, kBeginnings, kNothing };
 
 enum Weights { kNone = 0, kValue = 1, kScale = 2, kBoth = 3 };
 
@@ -83,7 +84,7 @@ MMKD_INLINE void gather(const Entries<T, I>& e, int64_t from, int64_t to, const 
   for (int64_t j = from; j < to; ++j) {
     if constexpr (kAhead == kBeginnings) {
       if (j + kFirst < e.n) prefetch_at<kBytes, 3, 256>(x, e.col[j + kFirst], d);
-    } else if (j + (kAhead == kFarRows ? kFar : kNear) < e.n) {
+    } else if (kAhead != kNothing && j + (kAhead == kFarRows ? kFar : kNear) < e.n) {
       prefetch_at<kBytes, 3>(x, e.col[j + kNear], d);
       if constexpr (kAhead == kFarRows) prefetch_at<kBytes, 2>(x, e.col[j + kFar], d);
     }
@@ -456,8 +457,8 @@ int64_t all_steps(const SpmmArgs& a, const Table<T>& t, int64_t begin, int64_t e
   });
 }
 
-// Rows of a list, or whose columns are looked up in `col_map`: their non-zeros, without those that are skipped, are
-// copied into a buffer for as many rows as fit, so that prefetching sees past the end of a row.
+// Rows of a list, where rows are prefetched whole: their non-zeros are copied into a buffer for as many rows as fit, so
+// that prefetching sees past the end of a row.
 template <class T, class A, class O, class I>
 struct Copied {
   const SpmmArgs& a;
@@ -484,13 +485,9 @@ struct Copied {
     if (e.col_scale) return copy_weighted<kScale>(e, from, to);
     return copy_weighted<kNone>(e, from, to);
   }
-  template <Weights kWeights>
-  int64_t copy_weighted(const Entries<T, I>& e, int64_t from, int64_t to) {
-    return a.col_map ? copy_some<kWeights, true>(e, from, to) : copy_some<kWeights, false>(e, from, to);
-  }
-  // The same for 16 entries at a time where there are instructions for it, while they fit whatever is skipped; j and k
-  // move on. False: a column is out of range.
-  template <bool kScaled, bool kMapped>
+  // The same for 16 entries at a time where there are instructions for it, while they fit; j and k move on. False: a
+  // column is out of range.
+  template <bool kScaled>
   MMKD_INLINE bool copy_vectors(const Entries<T, I>& e, int64_t to, int64_t& j, int64_t& k) {
 #if defined(MMKD_ISA_avx512)
     if constexpr (kSame<Acc<T>, float> && kSame<I, int32_t>) {
@@ -501,22 +498,11 @@ struct Copied {
         const auto there = static_cast<__mmask16>(to - j < 16 ? (1u << (to - j)) - 1 : 0xffffu);
         const __m512i c = _mm512_maskz_loadu_epi32(there, e.col + j);
         if (_mm512_mask_cmpge_epu32_mask(there, _mm512_sub_epi32(c, first), end)) return false;
-        __m512i at = c;
-        __mmask16 keep = there;
-        if constexpr (kMapped) {
-          at = _mm512_i32gather_epi32(c, a.col_map, 4);
-          keep = _mm512_mask_cmpge_epi32_mask(there, at, _mm512_setzero_si512());
-          if (!keep) continue;
-          at = _mm512_maskz_compress_epi32(keep, at);
-        }
         __m512 weight = _mm512_set1_ps(1.0f);
-        if constexpr (kScaled) {
-          weight = _mm512_mask_i32gather_ps(weight, keep, c, e.col_scale, 4);
-          if constexpr (kMapped) weight = _mm512_maskz_compress_ps(keep, weight);
-        }
-        _mm512_storeu_si512(col + k, at);
+        if constexpr (kScaled) weight = _mm512_mask_i32gather_ps(weight, there, c, e.col_scale, 4);
+        _mm512_storeu_si512(col + k, c);
         _mm512_storeu_ps(w + k, weight);
-        k += __builtin_popcount(keep);
+        k += to - j < 16 ? to - j : 16;
       }
       if (j > to) j = to;
     }
@@ -524,20 +510,18 @@ struct Copied {
     return true;
   }
 
-  template <Weights kWeights, bool kMapped>
-  int64_t copy_some(const Entries<T, I>& e, int64_t from, int64_t to) {
+  template <Weights kWeights>
+  int64_t copy_weighted(const Entries<T, I>& e, int64_t from, int64_t to) {
     int64_t j = from, k = n;
     if constexpr ((kWeights & kValue) == 0) {
-      if (!copy_vectors<kWeights == kScale, kMapped>(e, to, j, k)) return -1;
+      if (!copy_vectors<kWeights == kScale>(e, to, j, k)) return -1;
     }
     for (; j < to && k < kBlock; ++j) {
       const I c = e.col[j];
       const uint64_t behind = static_cast<uint64_t>(static_cast<int64_t>(c)) - static_cast<uint64_t>(a.first_col);
       if (behind >= static_cast<uint64_t>(a.num_cols - a.first_col)) return -1;
-      const I at = kMapped ? static_cast<I>(a.col_map[c]) : c;
-      col[k] = at;
-      w[k] = weight_of<kWeights>(e, j);
-      k += at >= 0;
+      col[k] = c;
+      w[k++] = weight_of<kWeights>(e, j);
     }
     n = k;
     return j;
@@ -545,11 +529,7 @@ struct Copied {
 
   void flush() {
     const auto row_at = [first = row](int64_t i) { return first[i]; };
-    if (a.far) {
-      Rows<kValue, kFarRows, T, I, decltype(row_at)>{entries(), t, 0, rows, row_at}.run();
-    } else {
-      Rows<kValue, kBeginnings, T, I, decltype(row_at)>{entries(), t, 0, rows, row_at}.run();
-    }
+    Rows<kValue, kFarRows, T, I, decltype(row_at)>{entries(), t, 0, rows, row_at}.run();
     rows = n = 0;
   }
 
@@ -573,13 +553,7 @@ struct Copied {
     void strip(int64_t c0) const {
       typename Vec<T>::V s[NV] = {};
       const T* x = buffer.t.x + c0;
-      in_blocks([&] {
-        if (buffer.a.far) {
-          gather<NV, kValue, kFarRows>(buffer.entries(), 0, buffer.n, x, buffer.t.d, s);
-        } else {
-          gather<NV, kValue, kBeginnings>(buffer.entries(), 0, buffer.n, x, buffer.t.d, s);
-        }
-      });
+      in_blocks([&] { gather<NV, kValue, kFarRows>(buffer.entries(), 0, buffer.n, x, buffer.t.d, s); });
       finish<NV, T>(row, s, c0, buffer.t);
     }
 
@@ -631,7 +605,7 @@ int64_t copied_rows(const SpmmArgs& a, const Table<T>& t, int64_t begin, int64_t
   Copied<T, A, O, I> buffer(a, t);
   const RowMaker<A, O> make(a);
   for (int64_t i = begin; i < end; ++i) {
-    const int64_t r = a.rows ? a.rows[i] : i;
+    const int64_t r = a.rows[i];
     const int64_t lo = a.rowptr[r], hi = a.rowptr[r + 1];
     if (lo < 0 || hi < lo || hi > a.nnz || !buffer.add(make(i, r, lo, hi))) {
       buffer.n = buffer.rows > 0 ? buffer.row[buffer.rows - 1].to : 0;
@@ -643,10 +617,176 @@ int64_t copied_rows(const SpmmArgs& a, const Table<T>& t, int64_t begin, int64_t
   return -1;
 }
 
+// Rows of a list on a processor that looks far enough ahead by itself: entries are read where they lie, after those of
+// some rows have been checked, which brings them into the first-level cache.
+template <class T, class A, class O, class I>
+int64_t listed_rows(const SpmmArgs& a, const Table<T>& t, int64_t begin, int64_t end) {
+  const Entries<T, I> e = entries_of<T, I>(a);
+  const Columns may = columns_of(a);
+  const auto good = [&](int64_t r) {
+    const int64_t lo = a.rowptr[r], hi = a.rowptr[r + 1];
+    return lo >= 0 && lo <= hi && hi <= a.nnz && may.hold(e.col + lo, hi - lo);
+  };
+  const auto row_at = [make = RowMaker<A, O>(a), rows = a.rows, rowptr = a.rowptr](int64_t i) {
+    return make(i, rows[i], rowptr[rows[i]], rowptr[rows[i] + 1]);
+  };
+  for (int64_t i = begin, stop; i < end; i = stop) {
+    int64_t entries = 0, bad = -1;
+    for (stop = i; stop < end && stop < i + kRows && entries <= kBlock && bad < 0; ++stop) {
+      const int64_t r = a.rows[stop];
+      if (good(r)) {
+        entries += a.rowptr[r + 1] - a.rowptr[r];
+      } else {
+        bad = r;
+      }
+    }
+    if (bad >= 0) return bad;
+    rows_weighted<kNothing>(e, t, i, stop, row_at);
+  }
+  return -1;
+}
+
+// All rows, of which only the entries count whose columns have a row of x (`col_map`). Where they lie in x is listed
+// for a block of rows at a time, so that prefetching sees past the end of a row; a row that is longer than a block has
+// one list after the other.
+template <class T, class A, class O, class I>
+struct Mapped {
+  static constexpr int64_t kLanes = 16;
+  static constexpr int64_t kMost = 256;  // rows of a block
+
+  const SpmmArgs& a;
+  const Table<T>& t;
+  I at[kBlock + kLanes + kFar];
+  int64_t start[kMost + 1];  // of a row's in `at`
+
+  Entries<T, I> entries(int64_t n) {
+    for (int64_t j = n; j < n + kFar; ++j) at[j] = 0;  // is looked at
+    return {at, nullptr, static_cast<const Acc<T>*>(a.col_scale), n + kFar};
+  }
+
+  // Lists the entries of rows that end at ends[0], ends[1] ... of `col`, at most kBlock together; returns their number.
+  int64_t list(const I* col, const int64_t* ends, int64_t rows, int64_t first) {
+    start[0] = 0;
+#if defined(MMKD_ISA_avx512)
+    if constexpr (kSame<I, int32_t>) return list_vectors(col, ends, rows, first);
+#endif
+    int64_t k = 0, j = 0;
+    for (int64_t i = 0; i < rows; ++i) {
+      for (; j < ends[i] - first; ++j) {
+        const I place = static_cast<I>(a.col_map[col[j]]);
+        at[k] = place;
+        k += place >= 0;
+      }
+      start[i + 1] = k;
+    }
+    return k;
+  }
+#if defined(MMKD_ISA_avx512)
+  // 16 entries at a time, whichever rows they are of; where a row ends is counted afterwards.
+  int64_t list_vectors(const int32_t* col, const int64_t* ends, int64_t rows, int64_t first) {
+    const int64_t n = ends[rows - 1] - first;
+    uint16_t kept[kBlock / kLanes + 1];
+    int32_t before[kBlock / kLanes + 1];
+    int64_t k = 0, v = 0;
+    for (int64_t j = 0; j < n; j += kLanes, ++v) {
+      const auto there = static_cast<__mmask16>(n - j < kLanes ? (1u << (n - j)) - 1 : 0xffffu);
+      const __m512i c = _mm512_maskz_loadu_epi32(there, col + j);
+      const __m512i place = _mm512_mask_i32gather_epi32(_mm512_set1_epi32(-1), there, c, a.col_map, 4);
+      const __mmask16 keep = _mm512_cmpge_epi32_mask(place, _mm512_setzero_si512());
+      _mm512_storeu_si512(at + k, _mm512_maskz_compress_epi32(keep, place));
+      kept[v] = keep;
+      before[v] = static_cast<int32_t>(k);
+      k += __builtin_popcount(keep);
+    }
+    kept[v] = 0;
+    before[v] = static_cast<int32_t>(k);
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t j = ends[i] - first;
+      start[i + 1] = before[j / kLanes] + __builtin_popcount(kept[j / kLanes] & ((1u << j % kLanes) - 1));
+    }
+    return k;
+  }
+#endif
+
+  template <Ahead kAhead>
+  struct LongRow {
+    Mapped& lists;
+    const RowOut<A, O>& row;
+    const I* col;
+
+    // use(entries, n) for every list of the row's entries.
+    template <class F>
+    void in_blocks(const F& use) const {
+      for (int64_t j = row.from; j < row.to; j += kBlock) {
+        const int64_t end = j + kBlock < row.to ? j + kBlock : row.to, n = lists.list(col + j, &end, 1, j);
+        use(lists.entries(n), n);
+      }
+    }
+    template <int NV>
+    void strip(int64_t c0) const {
+      typename Vec<T>::V s[NV] = {};
+      const Table<T>& t = lists.t;
+      in_blocks([&](const Entries<T, I>& e, int64_t n) { gather<NV, kScale, kAhead>(e, 0, n, t.x + c0, t.d, s); });
+      finish<NV, T>(row, s, c0, t);
+    }
+    void narrow() const {
+      Acc<T> s[Vec<T>::size] = {};
+      const int64_t d = lists.t.d;
+      in_blocks([&](const Entries<T, I>& e, int64_t n) {
+        for (int64_t k = 0; k < n; ++k) {
+          const T* p = lists.t.x + static_cast<int64_t>(e.col[k]) * d;
+          const Acc<T> w = weight_of<kScale>(e, k);
+          for (int64_t c = 0; c < d; ++c) s[c] += w * Element<T>::load(p + c);
+        }
+      });
+      for (int64_t c = 0; c < d; ++c) finish_narrow(lists.t, row, c, s[c]);
+    }
+  };
+
+  // Rows [begin, end), their columns checked, of `col`.
+  template <Ahead kAhead>
+  void run(const I* col, int64_t begin, int64_t end) {
+    const RowMaker<A, O> make(a);
+    const int64_t lo = a.rowptr[begin], hi = a.rowptr[end];
+    if (hi - lo > kBlock) {
+      const RowOut<A, O> row = make(begin, begin, lo, hi);
+      const LongRow<kAhead> one{*this, row, col};
+      return t.d < Vec<T>::size ? one.narrow() : in_strips<T>(t.d, one);
+    }
+    const int64_t n = list(col + lo, a.rowptr + begin + 1, end - begin, lo);
+    const auto row_at = [make, begin, first = start](int64_t r) {
+      return make(r, r, first[r - begin], first[r - begin + 1]);
+    };
+    Rows<kScale, kAhead, T, I, decltype(row_at)>{entries(n), t, begin, end, row_at}.run();
+  }
+};
+
+template <class T, class A, class O, class I>
+int64_t mapped_rows(const SpmmArgs& a, const Table<T>& t, int64_t begin, int64_t end) {
+  Mapped<T, A, O, I> lists{a, t, {}, {}};
+  const I* col = static_cast<const I*>(a.col);
+  while (begin < end) {
+    const int64_t last = begin + lists.kMost < end ? begin + lists.kMost : end;
+    const Block block = next_block(a.rowptr, col, begin, last, a.nnz, columns_of(a));
+    if (block.bad >= 0) return block.bad;
+    a.far ? lists.template run<kFarRows>(col, begin, block.end)
+          : lists.template run<kBeginnings>(col, begin, block.end);
+    begin = block.end;
+  }
+  return -1;
+}
+
+// Rows of a list, or all of them.
+template <class T, class A, class O, class I>
+int64_t chosen_rows(const SpmmArgs& a, const Table<T>& t, int64_t begin, int64_t end) {
+  if (a.col_map) return mapped_rows<T, A, O, I>(a, t, begin, end);
+  if (!a.rows) return all_rows<T, A, O, I>(a, t, begin, end);
+  return a.far ? copied_rows<T, A, O, I>(a, t, begin, end) : listed_rows<T, A, O, I>(a, t, begin, end);
+}
+
 template <class T, class A, class O, class I>
 int64_t rows_typed(const SpmmArgs& a, const Table<T>& t, int64_t begin, int64_t end) {
-  const int64_t bad =
-      a.rows || a.col_map ? copied_rows<T, A, O, I>(a, t, begin, end) : all_rows<T, A, O, I>(a, t, begin, end);
+  const int64_t bad = chosen_rows<T, A, O, I>(a, t, begin, end);
   if (a.stream) finish_streams();
   return bad;
 }
@@ -702,43 +842,6 @@ int64_t sddmm_typed(const SddmmArgs& a, int64_t begin, int64_t end) {
   return -1;
 }
 
-template <class I>
-MMKD_INLINE int64_t first_at_least(const I* col, int64_t lo, int64_t hi, int64_t bound) {
-  while (lo < hi) {
-    const int64_t mid = lo + (hi - lo) / 2;
-    if (col[mid] < bound) {
-      lo = mid + 1;
-    } else {
-      hi = mid;
-    }
-  }
-  return lo;
-}
-
-template <class A>
-MMKD_INLINE void axpy(A* y, const A* x, A w, int64_t d) {
-  int64_t c = 0;
-  for (; c + Vec<A>::size <= d; c += Vec<A>::size) Vec<A>::store(y + c, Vec<A>::load(y + c) + w * Vec<A>::load(x + c));
-  for (; c < d; ++c) y[c] += w * x[c];
-}
-
-template <class A, class I>
-void push_typed(const PushArgs& a, int64_t target_begin, int64_t target_end) {
-  const I* col = static_cast<const I*>(a.col);
-  const A* scale = static_cast<const A*>(a.scale);
-  A* h = static_cast<A*>(a.h);
-  for (int64_t i = 0; i < a.num_rows; ++i) {
-    const int64_t r = a.rows[i];
-    const A* g = static_cast<const A*>(a.g) + i * a.d;
-    const int64_t hi = a.rowptr[r + 1];
-    for (int64_t j = first_at_least(col, a.rowptr[r], hi, target_begin); j < hi && col[j] < target_end; ++j) {
-      if (j + 12 < hi) prefetch_row(h + static_cast<int64_t>(col[j + 12]) * a.d, a.d);
-      axpy(h + static_cast<int64_t>(col[j]) * a.d, g, scale[r] * scale[col[j]], a.d);
-    }
-    if (r >= target_begin && r < target_end) axpy(h + r * a.d, g, A(1), a.d);
-  }
-}
-
 }  // namespace
 
 #define MMKD_BY_TYPE(function, ...)                                                                     \
@@ -770,26 +873,6 @@ void to_bf16(const float* from, void* to, int64_t begin, int64_t end) {
   int64_t i = begin;
   for (; i + Vec<float>::size <= end; i += Vec<float>::size) Vec<bf16_t>::store(out + i, Vec<float>::load(from + i));
   for (; i < end; ++i) Element<bf16_t>::store(out + i, from[i]);
-}
-
-void zero_rows(char* to, int64_t row_bytes, const uint8_t* active, bool stream, int64_t begin, int64_t end) {
-  for (int64_t r = begin; r < end; ++r) {
-    if (stream && !active[r]) {
-      zero_past_caches(to + r * row_bytes, row_bytes);
-    } else {
-      memset(to + r * row_bytes, 0, row_bytes);
-    }
-  }
-  if (stream) finish_streams();
-}
-
-void push_rows(const PushArgs& a, int64_t target_begin, int64_t target_end) {
-  if (a.dtype == DType::f64) {
-    return a.col64 ? push_typed<double, int64_t>(a, target_begin, target_end)
-                   : push_typed<double, int32_t>(a, target_begin, target_end);
-  }
-  return a.col64 ? push_typed<float, int64_t>(a, target_begin, target_end)
-                 : push_typed<float, int32_t>(a, target_begin, target_end);
 }
 
 }  // namespace MMKD_ISA

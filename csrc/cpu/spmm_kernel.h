@@ -25,11 +25,12 @@ struct SpmmArgs {
   const void* x;           // [num_cols, d]; rows below first_col are not read
   const void* value;       // [nnz] accumulator type, or null for ones
   const void* row_scale;   // [num_rows] accumulator type, or null
-  const void* col_scale;   // [num_cols] accumulator type, or null
+  const void* col_scale;   // [num_cols] accumulator type, or null; with col_map there is one, of every row of x
   const void* add;         // [*, d] or null
   const int32_t* add_map;  // [num_rows] row of `add` for a node, -1 for none; null: the same row
   const int64_t* rows;     // [n] rows to compute, or null for all
-  const int32_t* col_map;  // [num_cols] row of x for a column, -1: read as zero; null: the same row
+  const int32_t* col_map;  // [num_cols] row of x for a column, -1: read as zero; null: the same row. Without `rows`
+                           // and values
   const AdamwArgs* adamw;  // null, or what the result goes into instead of `out`: rows in order, with row_scale,
                            // col_scale and add_map, without values, d a multiple of 16; add and the weights are
                            // float32, or float64 where x is
@@ -68,24 +69,5 @@ MMKD_KERNEL(int64_t sddmm(const SddmmArgs& a, int64_t begin, int64_t end))
 
 // to[i] = from[i] in bfloat16, for i in [begin, end).
 MMKD_KERNEL(void to_bf16(const float* from, void* to, int64_t begin, int64_t end))
-
-// Zeros in the rows [begin, end) of a table, written past the caches where a row is not `active` and `stream` is set.
-MMKD_KERNEL(void zero_rows(char* to, int64_t row_bytes, const uint8_t* active, bool stream, int64_t begin, int64_t end))
-
-// The first backward layer of row-restricted propagation: gradient rows `g` of the nodes `rows` (sorted, unique) are
-// pushed to their neighbours in [target_begin, target_end). `h` rows of that range that are neighbours must be zero on
-// entry. h[t] += scale[t] * scale[r] * g[i]; then h[r] += g[i].
-struct PushArgs {
-  DType dtype;
-  bool col64;
-  const int64_t* rowptr;
-  const void* col;      // sorted within each row
-  const void* scale;    // [N] accumulator type
-  const void* g;        // [n, d] accumulator type
-  const int64_t* rows;  // [n]
-  void* h;              // [N, d] accumulator type
-  int64_t num_rows, d;
-};
-MMKD_KERNEL(void push_rows(const PushArgs& a, int64_t target_begin, int64_t target_end))
 
 }  // namespace mmkd
