@@ -45,7 +45,12 @@ class PropagatedAdamW(torch.optim.AdamW):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Also of what the model holds."""
-        super().zero_grad(set_to_none)
+        if set_to_none:  # without torch's wrapping, which takes longer
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.grad = None
+        else:
+            super().zero_grad(set_to_none=False)
         if self.held is not None:
             self.held.clear()
 
@@ -63,19 +68,17 @@ class PropagatedAdamW(torch.optim.AdamW):
             raise ValueError("closure: expected None; call backward() before step()")
         if self.held is not None and self.held.grad is not None:
             group = next(g for g in self.param_groups if any(p is self.table for p in g["params"]))
-            changed = self.table.grad is not None or group["maximize"] or group["amsgrad"]
-            if changed or not self.held.in_order():
+            if self.table.grad is not None or not _plain(group) or not self.held.in_order():
                 self.materialize()
             else:
                 self._step_table(self.held, group)
+                if all(map(_plain, self.param_groups)):
+                    self._step_others()
+                    return None
         return super().step()
 
     def _step_table(self, held: RowGradient, group: dict[str, Any]) -> None:
-        state: dict[str, Tensor] = self.state[self.table]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
-            state["exp_avg"] = torch.zeros_like(self.table, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(self.table, memory_format=torch.preserve_format)
+        state = self._state(self.table)
         ops.propagate_adamw_(
             held.graph, held.grad, held.layers, held.rows, self.table.detach(), state["exp_avg"], state["exp_avg_sq"],
             step=int(state["step"]) + 1, lr=float(group["lr"]), betas=group["betas"], eps=group["eps"],
@@ -83,3 +86,34 @@ class PropagatedAdamW(torch.optim.AdamW):
         )  # fmt: skip
         state["step"] += 1  # a step that was refused does not count
         held.clear()
+
+    @torch.no_grad()
+    def _step_others(self) -> None:
+        """Of the small tensors beside the table, by the op torch's step ends in: what is around it takes five times as long."""
+        for group in self.param_groups:
+            ready = [p for p in group["params"] if p.grad is not None]
+            if not ready:
+                continue
+            states = [self._state(p) for p in ready]
+            steps = [state["step"] for state in states]
+            torch._foreach_add_(steps, 1)
+            beta1, beta2 = group["betas"]
+            torch._fused_adamw_(
+                ready, [p.grad for p in ready], [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [], steps,
+                lr=float(group["lr"]), beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"], eps=group["eps"],
+                amsgrad=False, maximize=False,
+            )  # fmt: skip
+
+    def _state(self, p: Tensor) -> dict[str, Tensor]:
+        """AdamW's of a parameter, as torch makes it."""
+        state: dict[str, Tensor] = self.state[p]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        return state
+
+
+def _plain(group: dict[str, Any]) -> bool:
+    """Whether a group asks for nothing but AdamW."""
+    return not (group["maximize"] or group["amsgrad"])
