@@ -7,7 +7,7 @@ namespace mmkd {
 namespace MMKD_ISA {
 namespace {
 
-constexpr int kTile = MMKD_VBYTES == 64 ? 6 : 2;  // rows of a register tile, four vectors wide
+constexpr int kTile = MMKD_VBYTES == 64 ? 4 : 2;  // rows of a register tile, four vectors wide
 constexpr double kNormEps = 1e-12;                // as torch.nn.functional.normalize
 
 // Rows of a table, picked by index or one after the other.
@@ -65,10 +65,15 @@ void product_rows(const A* const* left, int64_t inner, const A* right, int64_t l
   }
 }
 
-// out[i] = start[i] + left[i] right, for n rows; out: [n, columns] with stride ldo.
-template <class A>
+struct Nothing {
+  void operator()() const {}
+};
+
+// out[i] = start[i] + left[i] right, for n rows; out: [n, columns] with stride ldo. meanwhile(): called before each
+// tile, to ask for what is needed later while the processor multiplies.
+template <class A, class Meanwhile = Nothing>
 void product(const Rows<A>& left, int64_t n, int64_t inner, const A* right, int64_t ld, const Rows<A>* start, A* out,
-             int64_t ldo, int64_t columns) {
+             int64_t ldo, int64_t columns, const Meanwhile& meanwhile = {}) {
   const A *rows[kTile], *from[kTile];
   A* to[kTile];
   const auto fill = [&](int64_t i, int count) {
@@ -86,6 +91,7 @@ void product(const Rows<A>& left, int64_t n, int64_t inner, const A* right, int6
       if (start) prefetch_row(start->at(next), columns);
     }
     fill(i, kTile);
+    meanwhile();
     product_rows<kTile>(rows, inner, right, ld, begin, to, columns);
   }
   for (; i < n; ++i) {
@@ -184,6 +190,8 @@ MMKD_INLINE void add_scaled(A* y, A w, const A* x, int64_t d) {
   for (; c < d; ++c) y[c] += w * x[c];
 }
 
+MMKD_INLINE int64_t least(int64_t x, int64_t y) { return x < y ? x : y; }
+
 template <class A>
 struct Batch {
   const FrozenArgs& a;
@@ -231,6 +239,14 @@ struct Batch {
       }
     }
   }
+  // Asks for the next `count` candidates' rows of all samples, for the second-level cache: `listed` of them have been.
+  void list_ahead(int64_t count, int64_t& listed) const {
+    const int64_t* item = list(0);
+    for (const int64_t stop = least(listed + count, n * a.list); listed < stop; ++listed) {
+      for (int64_t m = 0; m < a.modalities; ++m) prefetch_row<2>(items(m) + item[listed] * a.d, a.d);
+      prefetch_row<2>(item_design() + item[listed] * a.e, a.e);
+    }
+  }
   void prefetch_lists(int64_t m, int64_t i) const {
     if (i >= n) return;
     for (int64_t l = 0; l < a.list; ++l) {
@@ -244,14 +260,19 @@ template <class A>
 void samples_typed(const FrozenArgs& a, int64_t begin, int64_t end, void* scratch) {
   const Batch<A> b{a, begin, end - begin};
   A *users = static_cast<A*>(scratch), *difference = users + b.n * a.d, *through = difference + b.n * a.d;
+  // Candidates' rows come from far away, and products wait for little: four a modality.
+  const int64_t tiles = 4 * a.modalities * (b.n / kTile);
+  int64_t listed = 0;
+  const auto ahead = [&, each = b.n * a.list / (tiles + 1) + 1] { b.list_ahead(each, listed); };
   for (int64_t m = 0; m < a.modalities; ++m) {
     for (int part = 0; part < 3; ++part) {
       const Rows<A> start{b.content(m), a.d, b.asked(part)};
-      product(Rows<A>{b.design(), a.e, b.asked(part)}, b.n, a.e, b.state(m), a.d, &start, b.head(m, part), a.d, a.d);
+      product(Rows<A>{b.design(), a.e, b.asked(part)}, b.n, a.e, b.state(m), a.d, &start, b.head(m, part), a.d, a.d,
+              ahead);
     }
     // G = F_u Z^T, [n, ep] of each modality
     product(Rows<A>{b.head(m, 0), a.d, nullptr}, b.n, a.d, b.state_t(m), a.ep, static_cast<const Rows<A>*>(nullptr),
-            through + m * b.n * a.ep, a.ep, a.ep);
+            through + m * b.n * a.ep, a.ep, a.ep, ahead);
   }
   b.joint(users, difference);
   A* margin = static_cast<A*>(a.margin) + begin;

@@ -288,11 +288,11 @@ MMKD_INLINE Acc<T> dot(const T* a, const T* b, int64_t d) {
   return sum;
 }
 
-// The first 512 bytes of a row, on their way into the cache.
-template <class T>
+// The first 512 bytes of a row, on their way into the first-level cache, or (kLevel 2) the second.
+template <int kLevel = 3, class T>
 MMKD_INLINE void prefetch_row(const T* row, int64_t d) {
   const char* p = reinterpret_cast<const char*>(row);
-  for (int64_t b = 0; b < d * static_cast<int64_t>(sizeof(T)) && b < 512; b += 64) __builtin_prefetch(p + b);
+  for (int64_t b = 0; b < d * static_cast<int64_t>(sizeof(T)) && b < 512; b += 64) __builtin_prefetch(p + b, 0, kLevel);
 }
 
 // Whether every index lies in [0, bound).
