@@ -40,8 +40,9 @@ class _NodesTask(Recordable):
         """Where batches come from; `seed`: of the shared negatives."""
         self.graph, self.sampler = graph, sampler
         self.shared = SharedNegatives(dataset.train, settings.shared_negatives, seed)
-        self.multiple = 1 if graph.device.type == "cpu" else SIZE
-        self.batch = Ahead(self._batch, sampler.num_steps)
+        on_cpu = graph.device.type == "cpu"
+        self.multiple = 1 if on_cpu else SIZE
+        self.batch = Ahead(self._batch, sampler.num_steps, pause=2e-4 if on_cpu else 0.0)
 
     def _nodes(
         self, epoch: int, step: int, users: Tensor, candidates: Tensor, extra: Tensor | None = None
