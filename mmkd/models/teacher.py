@@ -206,13 +206,13 @@ class Teacher(HoldsGradient, nn.Module):
         bias = torch.cat(list(self.biases))
         bias = bias if shift is None else bias + shift
         if not (prompt and self.strength):
-            return product + bias
+            return product.add_(bias)
         design, stacked = self.prompt.design, self.prompt.stacked()
         if self.norm == "row":
             added = prompt_parts(design, stacked, self.mixed(), self.grams())
-            return product + self.strength * added + bias
+            return product.add_(self.strength * added).add_(bias)
         added = stacked @ (stacked.T @ torch.cat(self.mixed(), 1)) * (self.strength / design.shape[0])
-        return torch.addmm(product, design, torch.cat([added[:-1], (added[-1] + bias)[None]]))
+        return product.addmm_(design, torch.cat([added[:-1], (added[-1] + bias)[None]]))
 
     def prompt_tables(self, rows: Tensor, num_users: int) -> tuple[Tensor, Tensor]:
         """``R_hat p`` at the users and ``p`` at the items of node ids `rows` (users first, `num_users` of them)."""
@@ -247,7 +247,7 @@ class Teacher(HoldsGradient, nn.Module):
         """
         features = self.project()
         if mask is not None:
-            features = features * mask
+            features = features.mul_(mask)  # nobody needs them without it
         features = rounded(features, self.compute)
         if item_rows is not None:
             users, items = spread_to(self.graph, features, self.feature_layers, rows[:num_users], item_rows)

@@ -23,11 +23,10 @@ def _state(stacked: Tensor, mixed: Tensor, modalities: int) -> Tensor:
 
 
 class _State(torch.autograd.Function):
-    """:func:`_state` of ``V = [W_P; b_P^T]`` in two products each way, where autograd's matmul makes ten small calls."""
+    """:func:`_state` in two products each way, where autograd's matmul makes ten small calls."""
 
     @staticmethod
-    def forward(ctx, weight: Tensor, bias: Tensor, mixed: Tensor, modalities: int) -> Tensor:  # S [e, M d]
-        stacked = torch.cat([weight, bias[None]])  # V [e, d]
+    def forward(ctx, stacked: Tensor, mixed: Tensor, modalities: int) -> Tensor:  # V [e, d], S [e, M d]
         ctx.save_for_backward(stacked, mixed)
         return _state(stacked, mixed, modalities)
 
@@ -36,8 +35,7 @@ class _State(torch.autograd.Function):
         stacked, mixed = ctx.saved_tensors
         flat = grad.transpose(0, 1).reshape(mixed.shape).to(mixed.dtype)  # 16 bits from an autocast region
         square = flat @ mixed.T  # [e, e], of V V^T
-        of_stacked = (square + square.T) @ stacked
-        return of_stacked[:-1], of_stacked[-1], None, None
+        return (square + square.T) @ stacked, None, None
 
 
 class FrozenTeacher(nn.Module):
@@ -105,12 +103,11 @@ class FrozenTeacher(nn.Module):
         """
         if not self.strength:
             return None
-        prompt, stacked = self.prompt, self.prompt.stacked
+        stacked = self.prompt.stacked()
         if self.norm == "mean":
-            if torch._C._are_functorch_transforms_active():  # they take no Function of this, quicker, kind
-                return _state(stacked(), self.mixed, self.modalities)
-            return _State.apply(prompt.weight, prompt.bias, self.mixed, self.modalities)
-        parts = prompt_parts(prompt.design, stacked(), list(self.mixed), list(self.grams))  # [I, M d]
+            transformed = torch._C._are_functorch_transforms_active()  # they take no Function of this, quicker, kind
+            return (_state if transformed else _State.apply)(stacked, self.mixed, self.modalities)
+        parts = prompt_parts(self.prompt.design, stacked, list(self.mixed), list(self.grams))  # [I, M d]
         return self.content + self.strength * self._everywhere(parts)
 
     def at(self, nodes: Tensor, state: Tensor | None) -> Tensor:

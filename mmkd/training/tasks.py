@@ -33,6 +33,7 @@ class _NodesTask(Recordable):
     graph: BipartiteGraph
     sampler: Sampler
     shared: SharedNegatives
+    pause = 2e-4  # seconds until a step on a CPU is in its first long kernel
 
     def _draw_from(
         self, dataset: Dataset, graph: BipartiteGraph, settings: StageConfig, sampler: Sampler, seed: int
@@ -42,7 +43,7 @@ class _NodesTask(Recordable):
         self.shared = SharedNegatives(dataset.train, settings.shared_negatives, seed)
         on_cpu = graph.device.type == "cpu"
         self.multiple = 1 if on_cpu else SIZE
-        self.batch = Ahead(self._batch, sampler.num_steps, pause=2e-4 if on_cpu else 0.0)
+        self.batch = Ahead(self._batch, sampler.num_steps, pause=self.pause if on_cpu else 0.0)
 
     def _nodes(
         self, epoch: int, step: int, users: Tensor, candidates: Tensor, extra: Tensor | None = None
@@ -107,6 +108,7 @@ class TeacherTask(_NodesTask):
     """
 
     name = "teacher"
+    pause = 2e-3  # small products come before the first large one
 
     def __init__(self, model: Teacher, config: Config, dataset: Dataset, graph: BipartiteGraph) -> None:
         self.model, self.config, self.settings = model, config, config.teacher
