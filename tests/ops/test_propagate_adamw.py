@@ -17,7 +17,7 @@ from mmkd.training.optim import PropagatedAdamW
 from tests.ops.grid import DIMS, within_budget
 from tests.ops.test_spmm import make_graph
 
-FEW, MANY = 5, 30  # of 48 nodes: gradients are pushed to neighbours, or gathered by every node
+FEW, MANY = 5, 30  # of 48 nodes
 RATES = {"lr": 1e-2, "weight_decay": 0.05}
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -114,8 +118,7 @@ def test_rows_equal_full_and_isolated_nodes_keep_their_share():
     torch.testing.assert_close(full[lonely], x[lonely] / 4)
 
 
-# A hundredth of the non-zeros is pushed, more is gathered; a hub longer than the kernel's buffer either fits it, once what
-# has no gradient is left out, or does not.
+# A hub is longer than a block of the kernel's; few, some or all of its neighbours have a gradient.
 @pytest.mark.parametrize("share", [0.002, 0.3, 1.0])
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -138,6 +141,40 @@ def test_rows_of_a_graph_with_a_hub(num_layers, share, dtype, cpu_isa):
             ours.backward(w[: len(order)])
             truth.backward(w[: len(order)])
             torch.testing.assert_close(a.grad, b.grad, **close)
+
+
+# Rows that just fit a block of the kernel's, or do not, or are many in it.
+DEGREES = [[1023, 1, 0], [1024, 0, 1], [1025], [1024, 1024], [0] * 700 + [3] * 700, [511, 513, 17], [1, 2048, 1]]
+
+
+@pytest.mark.parametrize("degrees", DEGREES, ids=lambda d: f"{len(d)} rows, {max(d)}")
+def test_the_first_layer_back_has_the_bits_of_the_gradient_among_zeros(degrees, cpu_isa):
+    """Where rows end among the entries that are listed at once, and where lists end, makes no difference."""
+    _first_layer_back(degrees)
+
+
+def test_the_first_layer_back_has_these_bits_where_rows_are_prefetched_whole():
+    code = "from tests.ops.test_spmm import DEGREES, _first_layer_back as f; [f(d) for d in DEGREES]"
+    run = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "MMKD_FAR_PREFETCH": "1"}, capture_output=True
+    )
+    assert run.returncode == 0, run.stderr.decode()
+
+
+def _first_layer_back(degrees: list[int]) -> None:
+    generator, users = torch.Generator().manual_seed(len(degrees)), len(degrees)
+    items = max(40, max(degrees))
+    pairs = [(u, i) for u, n in enumerate(degrees) for i in torch.randperm(items, generator=generator)[:n].tolist()]
+    g = BipartiteGraph.from_edges(*map(np.array, zip(*pairs, strict=True)), users, items)
+    for share in (0.03, 0.5, 1.0):
+        rows = torch.randperm(g.num_nodes, generator=generator)[: max(1, int(share * g.num_nodes))].sort().values
+        for d in (5, 64):
+            grad = torch.randn(len(rows), d, generator=generator)
+            among_zeros = torch.zeros(g.num_nodes, d).index_copy_(0, rows, grad)
+            for col in (g.col, g.col.long()):
+                back = torch.ops.mmkd.propagate_backward
+                listed = back(g.rowptr, col, g.scale, grad, 1, rows, None)
+                assert torch.equal(listed, back(g.rowptr, col, g.scale, among_zeros, 1, None, None))
 
 
 @pytest.mark.parametrize("col_type", [torch.int32, torch.int64], ids=str)
