@@ -68,14 +68,21 @@ class PropagatedAdamW(torch.optim.AdamW):
             raise ValueError("closure: expected None; call backward() before step()")
         if self.held is not None and self.held.grad is not None:
             group = next(g for g in self.param_groups if any(p is self.table for p in g["params"]))
-            if self.table.grad is not None or not _plain(group) or not self.held.in_order():
+            if self.table.grad is not None or not self._plain(group) or not self.held.in_order():
                 self.materialize()
             else:
                 self._step_table(self.held, group)
-                if all(map(_plain, self.param_groups)):
+                if all(map(self._plain, self.param_groups)):
                     self._step_others()
                     return None
         return super().step()
+
+    def _plain(self, group: dict[str, Any]) -> bool:
+        """Whether a group wants nothing but AdamW of tensors of one kind, in a step that no `GradScaler` has a word in."""
+        wanted = ("maximize", "amsgrad", "capturable", "differentiable")
+        scaled = any(getattr(self, name, None) is not None for name in ("grad_scale", "found_inf"))
+        kinds = {(p.dtype, p.device) for p in group["params"]}
+        return group["fused"] is True and not scaled and not any(group[name] for name in wanted) and len(kinds) < 2
 
     def _step_table(self, held: RowGradient, group: dict[str, Any]) -> None:
         state = self._state(self.table)
@@ -112,8 +119,3 @@ class PropagatedAdamW(torch.optim.AdamW):
             state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
         return state
-
-
-def _plain(group: dict[str, Any]) -> bool:
-    """Whether a group asks for nothing but AdamW."""
-    return not (group["maximize"] or group["amsgrad"])

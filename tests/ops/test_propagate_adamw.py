@@ -171,6 +171,51 @@ def test_rows_in_any_order_and_options_that_are_torchs():
         torch.testing.assert_close(ours.table, plain.table, atol=1e-13, rtol=0)
 
 
+OTHERS = {
+    "plain": {},
+    "decay, other rates": {"weight_decay": 0.1, "betas": (0.8, 0.99), "eps": 1e-6},
+    "a rate that is a tensor": {"lr": torch.tensor(0.02)},
+    "amsgrad": {"amsgrad": True},
+    "differentiable": {"differentiable": True, "fused": False},
+}
+
+
+@pytest.mark.parametrize("options", OTHERS.values(), ids=OTHERS)
+def test_tensors_beside_the_table_step_with_torchs_bits(options):
+    """Of two types, one of them without a gradient in every other step."""
+    g, pairs = make_graph(), []
+    for optimizer in (PropagatedAdamW, torch.optim.AdamW):
+        model = LightGCN(g, torch.ones(g.num_nodes, 16), 2)
+        small = [torch.nn.Parameter(torch.linspace(-1, 1, 6, dtype=t)) for t in (torch.float32, torch.float64)]
+        narrow = torch.nn.Parameter(torch.linspace(-1, 1, 33))
+        groups = [{"params": [model.table]}, {"params": [narrow], **options}, {"params": small}]
+        args = (model, groups, 1e-2) if optimizer is PropagatedAdamW else (groups,)
+        keywords = {} if optimizer is PropagatedAdamW else {"lr": 1e-2, "weight_decay": 0.0, "fused": True}
+        pairs.append((model, [narrow, *small], optimizer(*args, **keywords)))
+    rows = torch.tensor([3, 9, 40])
+    for step in range(4):
+        for model, others, optimizer in pairs:
+            optimizer.zero_grad(set_to_none=step % 2 == 0)
+            loss = model(rows).square().sum() + sum((p.double() ** 3).sum() for p in others[step % 2 :])
+            loss.backward()
+            optimizer.step()
+        for ours, torchs in zip(pairs[0][1], pairs[1][1], strict=True):
+            assert torch.equal(ours, torchs)
+            mine, theirs = pairs[0][2].state[ours], pairs[1][2].state[torchs]
+            assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
+    torch.testing.assert_close(pairs[0][0].table, pairs[1][0].table)
+
+
+def test_a_scaler_s_word_on_a_step_is_torchs_to_hear():
+    g = make_graph()
+    model = LightGCN(g, torch.ones(g.num_nodes, 16), 2)
+    optimizer = PropagatedAdamW(model, [{"params": [model.table]}], 1e-2)
+    model(torch.tensor([3, 9])).square().sum().backward()
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(8.0), torch.tensor(1.0)
+    optimizer.step()
+    assert torch.equal(model.table, torch.ones_like(model.table))  # an overflow was found: nothing is stepped
+
+
 def test_without_its_optimizer_and_in_copies_a_model_is_autograds():
     g = make_graph()
     model, rows = LightGCN(g, torch.ones(g.num_nodes, 16), 2), torch.tensor([3, 9])
