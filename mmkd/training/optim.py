@@ -78,11 +78,19 @@ class PropagatedAdamW(torch.optim.AdamW):
         return super().step()
 
     def _plain(self, group: dict[str, Any]) -> bool:
-        """Whether a group wants nothing but AdamW of tensors of one kind, in a step that no `GradScaler` has a word in."""
+        """Whether a group wants nothing but AdamW of tensors of one kind beside the table, in a step that no `GradScaler`
+        has a word in."""
         wanted = ("maximize", "amsgrad", "capturable", "differentiable")
-        scaled = any(getattr(self, name, None) is not None for name in ("grad_scale", "found_inf"))
-        kinds = {(p.dtype, p.device) for p in group["params"]}
-        return group["fused"] is True and not scaled and not any(group[name] for name in wanted) and len(kinds) < 2
+        if group["fused"] is not True or any(group[name] for name in wanted):
+            return False
+        if any(getattr(self, name, None) is not None for name in ("grad_scale", "found_inf")):
+            return False
+        params = group["params"]
+        return all(
+            p.dtype == params[0].dtype and p.is_floating_point() and p.device == self.table.device
+            and not (p.grad is not None and p.grad.is_sparse)
+            for p in params
+        )  # fmt: skip
 
     def _step_table(self, held: RowGradient, group: dict[str, Any]) -> None:
         state = self._state(self.table)
