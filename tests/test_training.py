@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import time
 
 import numpy as np
 import pytest
@@ -283,6 +284,15 @@ def test_batches_made_ahead_are_those_asked_for():
     assert made.count((0, 1)) == 1
     with pytest.raises(ValueError, match="of the background thread"):
         ahead(2, 0)
+
+
+def test_a_batch_that_is_asked_for_is_not_waited_for():
+    from mmkd.training.stage import Ahead
+
+    ahead, start = Ahead(lambda epoch, step: (epoch, step), steps=3, pause=30.0), time.perf_counter()
+    assert [ahead(0, s) for s in (0, 1, 2)] == [(0, 0), (0, 1), (0, 2)] and ahead(2, 1) == (2, 1)
+    assert time.perf_counter() - start < 15
+    ahead._next[2].set()  # or the process waits for it when it ends
 
 
 def test_a_modality_that_ranks_badly_counts_for_little(dataset, tmp_path):

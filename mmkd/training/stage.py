@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from threading import Event
 from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -147,25 +148,28 @@ class Ahead(Generic[T]):
     Args:
         make: `(epoch, step) -> T`.
         steps: per epoch; after the last comes the first of the next epoch.
-        pause: seconds the thread waits before it begins. On a CPU the step is given the time to get into its first kernel:
-            both would want the interpreter until then, and handing it to and fro takes 0.4 ms.
+        pause: seconds the thread waits before it begins, unless it is asked for the value before. On a CPU the step is given
+            the time to get into its first kernel: both would want the interpreter until then, and handing it to and fro
+            takes 0.4 ms.
     """
 
     def __init__(self, make: Callable[[int, int], T], steps: int, pause: float = 0.0) -> None:
         self._make, self._steps, self._pause = make, steps, pause
         self._pool = ThreadPoolExecutor(1, "mmkd-ahead")
-        self._next: tuple[tuple[int, int], Future[T]] | None = None
+        self._next: tuple[tuple[int, int], Future[T], Event] | None = None
 
     def __call__(self, epoch: int, step: int) -> T:
         ready = self._next
+        if ready:
+            ready[2].set()  # also where it is not wanted: the thread is needed for what follows
         value = ready[1].result() if ready and ready[0] == (epoch, step) else self._make(epoch, step)
-        following = (epoch, step + 1) if step + 1 < self._steps else (epoch + 1, 0)
-        self._next = (following, self._pool.submit(self._make_later, *following))
+        following, asked = (epoch, step + 1) if step + 1 < self._steps else (epoch + 1, 0), Event()
+        self._next = (following, self._pool.submit(self._make_later, asked, *following), asked)
         return value
 
-    def _make_later(self, epoch: int, step: int) -> T:
+    def _make_later(self, asked: Event, epoch: int, step: int) -> T:
         if self._pause:
-            time.sleep(self._pause)
+            asked.wait(self._pause)
         return self._make(epoch, step)
 
 
