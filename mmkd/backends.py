@@ -27,9 +27,10 @@ OPS = {
     "distill_frozen": ("distill_frozen",),
     "topk": ("topk",),
     "frozen_teacher": ("frozen_teacher", "frozen_teacher_backward"),
+    "project": ("project", "project_backward"),
 }
 # off the CPU the doors of these compose library products and other ops
-CPU_ONLY = ("propagate_mixed", "propagate_adamw", "distill_frozen")
+CPU_ONLY = ("propagate_mixed", "propagate_adamw", "distill_frozen", "project")
 # and of these where there is no CUDA library
 NO_TRITON = (*CPU_ONLY, "frozen_teacher", "distill")
 ORDER = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}

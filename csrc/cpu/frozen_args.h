@@ -1,10 +1,9 @@
 // The collapsed frozen teacher's arguments, checked, and what its passes share: for its own op and for the op that goes
 // on to the student's losses.
 #pragma once
-#include <new>
-
 #include "cpu/frozen_teacher_kernel.h"
 #include "cpu/losses.h"
+#include "cpu/scratch.h"
 
 namespace mmkd {
 
@@ -23,23 +22,5 @@ Tensor frozen_state_t(const FrozenArgs& a, const Tensor& state);
 void add_in_order(const void* parts, int64_t count, Tensor& out);
 
 inline int64_t frozen_bytes(const FrozenArgs& a) { return a.dtype == DType::f64 ? 8 : 4; }
-
-// Scratch of a thread's; without memory its work is left out and the op raises when all threads are back, for nothing
-// may be thrown in one of them.
-class Scratch {
- public:
-  Scratch(int64_t bytes, std::atomic<bool>& failed) : at_(new (std::nothrow) char[bytes]) {
-    if (!at_) failed.store(true);
-  }
-  explicit operator bool() const { return at_ != nullptr; }
-  char* get() const { return at_.get(); }
-
- private:
-  std::unique_ptr<char[]> at_;
-};
-
-inline void check_memory(const std::atomic<bool>& failed, const char* op) {
-  MMKD_CHECK(!failed.load(), op, ": out of memory for the scratch of a chunk of samples");
-}
 
 }  // namespace mmkd

@@ -10,6 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmkd import ops
+from mmkd.ops._checks import accumulate_type
+
 BLOCK_ROWS = 4096
 
 
@@ -139,6 +142,13 @@ class FeatureTable:
         weight = self.scale.to(weight.dtype)[:, None] * weight
         return weight, None if self.compute == "bfloat16" else -(self.mean.to(weight.dtype) @ weight)
 
+    @property
+    def in_place(self) -> bool:
+        """Whether products take the values where they lie, in the type they are stored in (:func:`mmkd.ops.project`)."""
+        values = self.values
+        floats = values.is_floating_point() and accumulate_type(values.dtype) == self.dtype
+        return self.compute == "float32" and values.device.type == "cpu" and floats
+
     def _direct(self, dtype: torch.dtype) -> bool:
         return self.compute == "float32" and self.values.dtype == dtype
 
@@ -221,26 +231,47 @@ class _Project(torch.autograd.Function):
         return None, *by_weight, *by_shift
 
 
-def project_raw(tables: Sequence[FeatureTable], weights: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """``(R, t)`` with ``[X_1 W_1, ..., X_M W_M] = R + 1 t^T``: ``[I, M d]`` and ``[M d]`` (None where it is zero).
+def project(
+    tables: Sequence[FeatureTable], weights: Sequence[Tensor], design: Tensor | None = None, added: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """``mask * ([X_1 W_1, ..., X_M W_M] + D A)``, ``[I, M d]``, differentiable in the weights ``[d_m, d]`` and ``A``.
 
-    The caller adds ``t`` to what it adds anyway, so that the affine preparation costs no pass over ``[I, M d]``.
+    Args:
+        design, added: ``D``, ``[I, e]``, whose last column is ones, and ``A``, ``[e, M d]``: what else a layer adds, its bias
+            among it.
+        mask: ``[I, M d]``, of dropout.
     """
     folded = [table.folded(weight) for table, weight in zip(tables, weights, strict=True)]
-    inner = [None if table.row_scale is None else t for table, (_, t) in zip(tables, folded, strict=True)]
-    outer = [t if table.row_scale is None else None for table, (_, t) in zip(tables, folded, strict=True)]
-    product = _Project.apply(tuple(tables), *(weight for weight, _ in folded), *inner)
-    if all(shift is None for shift in outer):
-        return product, None
-    return product, torch.cat(
-        [w.new_zeros(w.shape[1]) if t is None else t for w, t in zip(weights, outer, strict=True)]
+    if all(table.in_place for table in tables) and len({weight.shape[1] for weight in weights}) == 1:
+        rows = [weight if t is None else torch.cat([weight, t[None]]) for weight, t in folded]
+        scales = [table.row_scale for table in tables]
+        return ops.project(
+            [table.values for table in tables], rows, scales=scales, design=design, added=added, mask=mask
+        )
+    product = _composed(tables, folded, design, added)
+    return product if mask is None else product.mul_(mask)  # nobody needs it without
+
+
+def _composed(tables: Sequence[FeatureTable], folded, design: Tensor | None, added: Tensor | None) -> Tensor:
+    """:func:`project` of tables that are converted block by block, or are not on a CPU."""
+    scaled = [table.row_scale is not None for table in tables]
+    product = _Project.apply(
+        tuple(tables),
+        *(weight for weight, _ in folded),
+        *(t if r else None for r, (_, t) in zip(scaled, folded, strict=True)),
     )
-
-
-def project(tables: Sequence[FeatureTable], weights: Sequence[Tensor]) -> Tensor:
-    """``[X_1 W_1, ..., X_M W_M]``, ``[I, M d]``, differentiable in the weights ``[d_m, d]``."""
-    product, shift = project_raw(tables, weights)
-    return product if shift is None else product + shift
+    shifts = [None if r else t for r, (_, t) in zip(scaled, folded, strict=True)]
+    shift = None  # joins what is added anyway, so that the affine preparation costs no pass over [I, M d]
+    if any(t is not None for t in shifts):
+        zeros = (weight.new_zeros(weight.shape[1]) for weight, _ in folded)
+        shift = torch.cat([none if t is None else t for none, t in zip(zeros, shifts, strict=True)])
+    if design is None:
+        return product if shift is None else product + shift
+    last = added[-1] if shift is None else added[-1] + shift
+    if len(added) == 1:
+        return product.add_(last)
+    return product.addmm_(design, added if shift is None else torch.cat([added[:-1], last[None]]))
 
 
 def with_ones(x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mmkd.graph import BipartiteGraph, ItemRows
-from mmkd.models.features import FeatureTable, project_raw
+from mmkd.models.features import FeatureTable, project
 from mmkd.models.lightgcn import HoldsGradient, RowGradient, initial_table, propagated, rounded
 from mmkd.models.neighbors import NeighborGraph
 from mmkd.models.prompt import Prompt
@@ -196,23 +196,22 @@ class Teacher(HoldsGradient, nn.Module):
         """``Q^m`` of :func:`prompt_row_scale`; empty for ``norm="mean"``."""
         return [getattr(self, f"gram{m}") for m in range(len(self.features))] if self.norm == "row" else []
 
-    def project(self, prompt: bool = True) -> Tensor:
-        """``f^m`` before dropout, modalities side by side: ``[I, M d]``; without the prompt's term on demand.
+    def project(self, prompt: bool = True, mask: Tensor | None = None) -> Tensor:
+        """``f^m``, modalities side by side: ``[I, M d]``; without dropout (`mask`) or the prompt's term on demand.
 
         ``p p^T X W = D (V V^T (D^T X) W)`` with constants ``D = [H 1]`` and ``D^T X``: beside ``X W`` there is one more
         product over items, ``d+1`` wide, and the bias is its last row.
         """
-        product, shift = project_raw(self.features, self.weights)  # [I, M d], [M d]
-        bias = torch.cat(list(self.biases))
-        bias = bias if shift is None else bias + shift
+        design, bias = self.prompt.design, torch.cat(list(self.biases))[None]
         if not (prompt and self.strength):
-            return product.add_(bias)
-        design, stacked = self.prompt.design, self.prompt.stacked()
+            return project(self.features, self.weights, design[:, -1:], bias, mask)
+        stacked = self.prompt.stacked()
         if self.norm == "row":
-            added = prompt_parts(design, stacked, self.mixed(), self.grams())
-            return product.add_(self.strength * added).add_(bias)
+            parts = prompt_parts(design, stacked, self.mixed(), self.grams())
+            product = project(self.features, self.weights, design[:, -1:], bias).add_(self.strength * parts)
+            return product if mask is None else product.mul_(mask)
         added = stacked @ (stacked.T @ torch.cat(self.mixed(), 1)) * (self.strength / design.shape[0])
-        return product.addmm_(design, torch.cat([added[:-1], (added[-1] + bias)[None]]))
+        return project(self.features, self.weights, design, torch.cat([added[:-1], added[-1:] + bias]), mask)
 
     def prompt_tables(self, rows: Tensor, num_users: int) -> tuple[Tensor, Tensor]:
         """``R_hat p`` at the users and ``p`` at the items of node ids `rows` (users first, `num_users` of them)."""
@@ -245,10 +244,7 @@ class Teacher(HoldsGradient, nn.Module):
             mask: ``[I, M d]`` dropout mask, already divided by the keep probability.
             item_rows: ``graph.item_rows`` of the items of ``rows``: no other item's features are made or get a gradient.
         """
-        features = self.project()
-        if mask is not None:
-            features = features.mul_(mask)  # nobody needs them without it
-        features = rounded(features, self.compute)
+        features = rounded(self.project(mask=mask), self.compute)
         if item_rows is not None:
             users, items = spread_to(self.graph, features, self.feature_layers, rows[:num_users], item_rows)
         else:

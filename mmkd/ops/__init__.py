@@ -6,6 +6,7 @@ from mmkd.ops.distill_frozen import distill_frozen_loss
 from mmkd.ops.emb_kd import emb_kd_loss
 from mmkd.ops.frozen_teacher import frozen_teacher
 from mmkd.ops.list_kd import list_kd_from_scores, list_kd_loss, list_scores
+from mmkd.ops.project import project
 from mmkd.ops.spmm import propagate, propagate_adamw_, sddmm, spmm
 from mmkd.ops.topk import topk
 
@@ -21,6 +22,7 @@ __all__ = [
     "list_kd_loss",
     "list_scores",
     "pair_kd_loss",
+    "project",
     "propagate",
     "propagate_adamw_",
     "sddmm",

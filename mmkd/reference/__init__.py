@@ -6,6 +6,7 @@ from mmkd.reference.distill_frozen import distill_frozen
 from mmkd.reference.emb_kd import emb_kd
 from mmkd.reference.frozen_teacher import frozen_teacher
 from mmkd.reference.list_kd import list_kd, list_scores
+from mmkd.reference.project import project
 from mmkd.reference.spmm import (
     propagate,
     propagate_adamw_,
@@ -27,6 +28,7 @@ __all__ = [
     "list_scores",
     "margins",
     "pair_kd",
+    "project",
     "propagate",
     "propagate_adamw_",
     "propagate_backward",
