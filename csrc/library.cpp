@@ -109,13 +109,13 @@ STABLE_TORCH_LIBRARY(mmkd, m) {
       "terms, Tensor grad_table, Tensor grad_state)");
   // mask * ([scales_m * (tables_m weights_m)] + design added), tables side by side. A weight with one row more than its
   // table has columns adds that row; an empty tensor among `scales` is none. The way back gives the gradients of the
-  // weights, then that of `added`.
+  // weights (empty where they are not needed), then that of `added`.
   m.def(
       "project(Tensor[] tables, Tensor[] weights, Tensor[] scales, Tensor? design, Tensor? added, Tensor? mask) -> "
       "Tensor");
   m.def(
-      "project_backward(Tensor grad, Tensor[] tables, Tensor[] weights, Tensor[] scales, Tensor? design, Tensor? mask) "
-      "-> Tensor[]");
+      "project_backward(Tensor grad, Tensor[] tables, Tensor[] weights, Tensor[] scales, Tensor? design, Tensor? mask, "
+      "bool need_weights) -> Tensor[]");
   m.def(
       "topk(Tensor user_emb, Tensor item_emb, int k, Tensor? users, Tensor? rowptr, Tensor? col) -> (Tensor scores, "
       "Tensor ids)");

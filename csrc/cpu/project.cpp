@@ -11,7 +11,7 @@ namespace {
 
 using Tensors = std::vector<Tensor>;
 
-constexpr int64_t kRange = 5 * kProjectStrip;  // columns of a table that a thread takes, at most
+constexpr int64_t kRange = 20 * kProjectStrip;  // columns of a table that a thread takes, at most
 constexpr int64_t kTasks = 24;                 // at least so many for a table, by parts of its rows
 constexpr int64_t kFewest = 1024;              // rows of such a part, at least
 constexpr int64_t kParts = 32;                 // of rows, where gradients are masked
@@ -233,15 +233,17 @@ Tensor weight_grad(const Problem& p, const Tensor& table, const Tensor& weight, 
   return out;
 }
 
-Tensors project_backward(Tensor grad, Tensors tables, Tensors weights, Tensors scales, OptTensor design,
-                         OptTensor mask) {
+Tensors project_backward(Tensor grad, Tensors tables, Tensors weights, Tensors scales, OptTensor design, OptTensor mask,
+                         bool need_weights) {
   const Problem p = problem(tables, weights, scales, design, mask);
   check_rows(grad, "grad", p.rows, p.type);
   check_size(grad, "grad", 1, p.count * p.d);
   std::atomic<bool> failed{false};
   const Masked from = masked(p, grad, scales, design, mask, failed);
   Tensors out;
-  for (int64_t m = 0; m < p.count; ++m) out.push_back(weight_grad(p, tables[m], weights[m], from, m, failed));
+  for (int64_t m = 0; m < p.count; ++m) {
+    out.push_back(need_weights ? weight_grad(p, tables[m], weights[m], from, m, failed) : empty({0}, grad));
+  }
   Tensor added = empty({p.e, p.count * p.d}, grad);
   for (int64_t m = 0; m < p.count; ++m) add_parts(p, from.by_design, p.e, m * p.dp, added, 0, m * p.d);
   out.push_back(added);

@@ -194,7 +194,7 @@ template <class A>
 void masked_of(const ProjectMasked& a, int64_t begin, int64_t end, A* sums, A* by_design, A* scratch) {
   const int64_t wide = a.count * a.dp;
   for (int64_t c = 0; c < wide; ++c) sums[c] = 0;
-  for (int64_t c = 0; a.design && c < a.e * wide; ++c) by_design[c] = 0;
+  for (int64_t c = 0; c < a.e * wide; ++c) by_design[c] = 0;
   for (int64_t first = begin; first < end; first += kProjectItems) {
     for (int64_t m = 0; m < a.count; ++m)
       masked_block(a, m, first, least(kProjectItems, end - first), sums, by_design, scratch);

@@ -17,7 +17,7 @@ from mmkd.ops._checks import (
     check_shape,
     dense,
 )
-from mmkd.ops._registry import namespace, on_register
+from mmkd.ops._registry import on_register
 
 
 def project(
@@ -73,17 +73,24 @@ class _Project(torch.autograd.Function):
     def forward(ctx, tables, scales, design, mask, added, *weights) -> Tensor:
         ctx.tables, ctx.scales, ctx.constants = tables, scales, (design, mask)
         ctx.save_for_backward(*weights)
-        with torch._C._AutoDispatchBelowAutograd():
-            return namespace("cpp").project.default(tables, list(weights), scales, design, added, mask)
+        return _below_autograd(torch.ops.mmkd.project, tables, list(weights), scales, design, added, mask)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
-        with torch._C._AutoDispatchBelowAutograd():
-            *by_weight, by_added = namespace("cpp").project_backward.default(
-                dense(grad), ctx.tables, list(ctx.saved_tensors), ctx.scales, *ctx.constants
-            )
+        needed = ctx.needs_input_grad[5:]
+        arguments = dense(grad), ctx.tables, list(ctx.saved_tensors), ctx.scales, *ctx.constants, any(needed)
+        *by_weight, by_added = _below_autograd(torch.ops.mmkd.project_backward, *arguments)
+        by_weight = [g if need else None for g, need in zip(by_weight, needed, strict=True)]
         return None, None, None, None, by_added if ctx.needs_input_grad[4] else None, *by_weight
+
+
+def _below_autograd(op, *arguments):
+    """Straight to the kernel; torch.compile traces the op."""
+    if torch.compiler.is_compiling():
+        return op(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op.default(*arguments)
 
 
 def _check(tables, weights, scales, design, added, mask) -> None:
@@ -136,9 +143,9 @@ def _register(ns: str, ops) -> None:
     def fake(tables, weights, scales, design, added, mask):
         return weights[0].new_empty(tables[0].shape[0], len(tables) * weights[0].shape[1])
 
-    def fake_backward(grad, tables, weights, scales, design, mask):
+    def fake_backward(grad, tables, weights, scales, design, mask, need_weights):
         rows = 0 if design is None else design.shape[1]
-        return [*(torch.empty_like(w) for w in weights), grad.new_empty(rows, grad.shape[1])]
+        return [*(w.new_empty(w.shape if need_weights else (0,)) for w in weights), grad.new_empty(rows, grad.shape[1])]
 
     def refuse(ctx, *grads):
         raise RuntimeError(f"{ns}::project: call mmkd.ops.project, which carries its gradient")
