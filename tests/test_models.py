@@ -8,7 +8,7 @@ import torch
 
 from mmkd import BipartiteGraph, ops
 from mmkd.models import neighbors
-from mmkd.models.features import FeatureTable
+from mmkd.models.features import FeatureTable, project
 from mmkd.models.lightgcn import LightGCN, initial_table, matching_table
 from mmkd.models.neighbors import neighbor_graph
 from mmkd.models.prompt import Prompt, principal_components, prompt_basis
@@ -227,6 +227,40 @@ def test_projection_from_the_stored_type_equals_the_prepared_product(mode, store
     torch.testing.assert_close(ours.double(), prepared @ weight.double(), atol=2e-5, rtol=1e-5)
     grad = torch.autograd.grad((ours * direction).sum(), weight)[0]
     torch.testing.assert_close(grad.double(), prepared.T @ direction.double(), atol=2e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("added", [None, 1, 4], ids=["nothing added", "bias", "design"])
+@pytest.mark.parametrize("mode", ["raw", "standardize", "unit"])
+def test_one_pass_and_library_products_agree(mode, added):
+    """Tables that a kernel reads where they lie, and the same in column-major order, which it does not take."""
+    rng, g = np.random.default_rng(0), torch.Generator().manual_seed(1)
+    arrays = [rng.standard_normal((70, k)) + 3 for k in (9, 5)]
+    rows, columns = (
+        [FeatureTable("x", make(x), mode, torch.float64) for x in arrays] for make in (np.array, np.asfortranarray)
+    )
+    assert all(t.in_place for t in rows) and not any(t.in_place for t in columns)
+    weights = [torch.randn(k, 6, generator=g, dtype=torch.float64).requires_grad_() for k in (9, 5)]
+    mask = (torch.rand(70, 12, generator=g) > 0.2).double()
+    given, leaves = {"mask": mask}, weights
+    if added is not None:
+        design = torch.randn(70, added, generator=g, dtype=torch.float64)
+        design[:, -1] = 1
+        given |= {"design": design, "added": torch.randn(added, 12, generator=g, dtype=torch.float64).requires_grad_()}
+        leaves = [*weights, given["added"]]
+    outputs = [project(tables, weights, **given) for tables in (rows, columns)]
+    torch.testing.assert_close(*outputs)
+    torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), leaves) for out in outputs))
+
+
+@pytest.mark.parametrize("norm", ["mean", "row"])
+def test_dropout_is_the_last_thing_a_projection_does(graph, norm):
+    teacher = make_teacher(graph, norm)
+    mask = (torch.rand(graph.num_items, len(WIDTHS) * D) > 0.3).double() / 0.7
+    masked, plain = teacher.project(mask=mask), teacher.project()
+    torch.testing.assert_close(masked, plain * mask)
+    leaves = [*teacher.weights, *teacher.biases, *teacher.prompt.parameters()]
+    ours = torch.autograd.grad(masked.square().sum(), leaves)
+    torch.testing.assert_close(ours, torch.autograd.grad((plain * mask).square().sum(), leaves))
 
 
 def test_bfloat16_products_are_close_even_far_from_zero():

@@ -146,8 +146,8 @@ class FeatureTable:
     def in_place(self) -> bool:
         """Whether products take the values where they lie, in the type they are stored in (:func:`mmkd.ops.project`)."""
         values = self.values
-        floats = values.is_floating_point() and accumulate_type(values.dtype) == self.dtype
-        return self.compute == "float32" and values.device.type == "cpu" and floats
+        there = values.device.type == "cpu" and values.is_contiguous() and values.is_floating_point()
+        return there and self.compute == "float32" and accumulate_type(values.dtype) == self.dtype
 
     def _direct(self, dtype: torch.dtype) -> bool:
         return self.compute == "float32" and self.values.dtype == dtype
