@@ -114,7 +114,8 @@ STABLE_TORCH_LIBRARY(mmkd, m) {
       "project(Tensor[] tables, Tensor[] weights, Tensor[] scales, Tensor? design, Tensor? added, Tensor? mask) -> "
       "Tensor");
   m.def(
-      "project_backward(Tensor grad, Tensor[] tables, Tensor[] weights, Tensor[] scales, Tensor? design, Tensor? mask, "
+      "project_backward(Tensor grad, Tensor[] tables, int[] weight_rows, Tensor[] scales, Tensor? design, Tensor? "
+      "mask, "
       "bool need_weights) -> Tensor[]");
   m.def(
       "topk(Tensor user_emb, Tensor item_emb, int k, Tensor? users, Tensor? rowptr, Tensor? col) -> (Tensor scores, "

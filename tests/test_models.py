@@ -252,6 +252,25 @@ def test_one_pass_and_library_products_agree(mode, added):
     torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), leaves) for out in outputs))
 
 
+@pytest.mark.parametrize("weights", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("stored", [torch.float32, torch.float64, torch.float8_e4m3fn, torch.int8], ids=str)
+def test_any_stored_type_goes_with_any_weights(stored, weights):
+    x = torch.randint(-4, 4, (50, 9), generator=torch.Generator().manual_seed(0)).to(stored)
+    w = torch.randn(9, 6, generator=torch.Generator().manual_seed(1)).to(weights)
+    for values in (x, torch.nn.Parameter(x, requires_grad=stored == torch.float32)):
+        out = FeatureTable("x", values, "raw", weights).project(w)
+        assert out.dtype == weights
+        torch.testing.assert_close(out.double(), x.double() @ w.double(), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "mask", [torch.ones(19, 18, dtype=torch.bool), torch.full((19, 18), 2.0), torch.full((19, 1), 2.0)]
+)
+def test_a_mask_of_another_type_or_of_one_column(graph, mask):
+    teacher = make_teacher(graph)
+    torch.testing.assert_close(teacher.project(mask=mask), teacher.project() * mask)
+
+
 @pytest.mark.parametrize("norm", ["mean", "row"])
 def test_dropout_is_the_last_thing_a_projection_does(graph, norm):
     teacher = make_teacher(graph, norm)

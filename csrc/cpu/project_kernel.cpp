@@ -6,11 +6,11 @@ namespace mmkd {
 namespace MMKD_ISA {
 namespace {
 
-constexpr int kVectors = MMKD_VBYTES == 64 ? 4 : 2;  // of a panel
-constexpr int kTall = 6;                             // rows of a register tile
+constexpr int kVectors = MMKD_VBYTES == 64 ? 4 : 2;  // across a register tile
+constexpr int kTall = 6;                             // rows of one
 
 template <class A>
-constexpr int64_t kPanel = kVectors * Vec<A>::size;
+constexpr int64_t kPanel = 256 / sizeof(A);
 
 MMKD_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -28,35 +28,35 @@ struct Ahead {
   int64_t count;
 };
 
-// out[r][:] = start + sum_k x[r * along + k * down] * w[k][:], R rows of one panel. The sum of a tile is made first, so
-// that long rows are summed in pieces.
-template <int R, class A>
+// out[r][:] = start + sum_k x[r * along + k * down] * w[k][:], R rows of NV vectors. The sum of a tile is made first,
+// so that long rows are summed in pieces.
+template <int R, int NV, class A>
 MMKD_INLINE void tile(const A* x, int64_t along, int64_t down, const A* w, int64_t ld, int64_t n, A* out,
                       int64_t out_ld, Start<A> start, Ahead ahead) {
   using W = Vec<A>;
-  typename W::V s[R][kVectors];
+  typename W::V s[R][NV];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) s[r][v] = typename W::V{};
+    for (int v = 0; v < NV; ++v) s[r][v] = typename W::V{};
   }
   for (int64_t k = 0; k < n; ++k) {
-    typename W::V b[kVectors];
+    typename W::V b[NV];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) b[v] = W::load(w + k * ld + v * W::size);
+    for (int v = 0; v < NV; ++v) b[v] = W::load(w + k * ld + v * W::size);
     if (k < ahead.count) __builtin_prefetch(ahead.at + k * ahead.stride, 0, 3);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const A one = x[r * along + k * down];
       const typename W::V all = one - typename W::V{};
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) s[r][v] = multiply_add(all, b[v], s[r][v]);
+      for (int v = 0; v < NV; ++v) s[r][v] = multiply_add(all, b[v], s[r][v]);
     }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
+    for (int v = 0; v < NV; ++v) {
       A* to = out + r * out_ld + v * W::size;
       if (start.add) {
         W::store(to, W::load(to) + s[r][v]);
@@ -68,23 +68,48 @@ MMKD_INLINE void tile(const A* x, int64_t along, int64_t down, const A* w, int64
 }
 
 // The same for up to kTall rows.
-template <class A>
+template <int NV, class A>
 void tile_of(int64_t rows, const A* x, int64_t along, int64_t down, const A* w, int64_t ld, int64_t n, A* out,
              int64_t out_ld, Start<A> start, Ahead ahead) {
   switch (rows) {
     case 6:
-      return tile<6>(x, along, down, w, ld, n, out, out_ld, start, ahead);
+      return tile<6, NV>(x, along, down, w, ld, n, out, out_ld, start, ahead);
     case 5:
-      return tile<5>(x, along, down, w, ld, n, out, out_ld, start, ahead);
+      return tile<5, NV>(x, along, down, w, ld, n, out, out_ld, start, ahead);
     case 4:
-      return tile<4>(x, along, down, w, ld, n, out, out_ld, start, ahead);
+      return tile<4, NV>(x, along, down, w, ld, n, out, out_ld, start, ahead);
     case 3:
-      return tile<3>(x, along, down, w, ld, n, out, out_ld, start, ahead);
+      return tile<3, NV>(x, along, down, w, ld, n, out, out_ld, start, ahead);
     case 2:
-      return tile<2>(x, along, down, w, ld, n, out, out_ld, start, ahead);
+      return tile<2, NV>(x, along, down, w, ld, n, out, out_ld, start, ahead);
     default:
-      return tile<1>(x, along, down, w, ld, n, out, out_ld, start, ahead);
+      return tile<1, NV>(x, along, down, w, ld, n, out, out_ld, start, ahead);
   }
+}
+
+// And for `columns` of them, whole lines: what is asked for meanwhile is asked for once.
+template <class A>
+MMKD_INLINE void tiles(int64_t rows, const A* x, int64_t along, int64_t down, const A* w, int64_t ld, int64_t n,
+                       int64_t columns, A* out, int64_t out_ld, Start<A> start, Ahead ahead) {
+  constexpr int64_t one = Vec<A>::size, all = kVectors * one;
+  int64_t c = 0;
+  const auto at = [&](int64_t c) { return Start<A>{start.add, start.row ? start.row + c : nullptr}; };
+  for (; c + all <= columns; c += all) {
+    tile_of<kVectors>(rows, x, along, down, w + c, ld, n, out + c, out_ld, at(c), ahead);
+    ahead.count = 0;
+  }
+#if MMKD_VBYTES == 64
+  switch ((columns - c) / one) {
+    case 3:
+      return tile_of<3>(rows, x, along, down, w + c, ld, n, out + c, out_ld, at(c), ahead);
+    case 2:
+      return tile_of<2>(rows, x, along, down, w + c, ld, n, out + c, out_ld, at(c), ahead);
+    case 1:
+      return tile_of<1>(rows, x, along, down, w + c, ld, n, out + c, out_ld, at(c), ahead);
+    default:
+      return;
+  }
+#endif
 }
 
 // n numbers of a narrow type.
@@ -127,8 +152,9 @@ void add_product(const T* x, int64_t inner, const Acc<T>* weight, int64_t dp, in
         along = kProjectInner;
       }
       for (int64_t c = 0; c < dp; c += kPanel<A>) {
-        tile_of<A>(here, left, along, 1, weight + c * inner + k * kPanel<A>, kPanel<A>, n, acc + r * dp + c, dp,
-                   {add || k > 0, shift ? shift + c : nullptr}, {nullptr, 0, 0});
+        const int64_t columns = least(kPanel<A>, dp - c);
+        tiles<A>(here, left, along, 1, weight + c * inner + k * columns, columns, n, columns, acc + r * dp + c, dp,
+                 {add || k > 0, shift ? shift + c : nullptr}, {nullptr, 0, 0});
       }
     }
   }
@@ -171,10 +197,8 @@ void masked_block(const ProjectMasked& a, int64_t m, int64_t first, int64_t rows
   }
   for (int64_t c = 0; a.design && c < a.e; c += kTall) {
     const A* left = static_cast<const A*>(a.design) + first * a.e + c;
-    for (int64_t p = 0; p < a.dp; p += kPanel<A>) {
-      tile_of<A>(least(kTall, a.e - c), left, 1, a.e, g + p, a.dp, rows, by_design + c * wide + m * a.dp + p, wide,
-                 {true, nullptr}, {nullptr, 0, 0});
-    }
+    tiles<A>(least(kTall, a.e - c), left, 1, a.e, g, a.dp, rows, a.dp, by_design + c * wide + m * a.dp, wide,
+             {true, nullptr}, {nullptr, 0, 0});
   }
   A* sum = g + kProjectItems * a.dp;  // of this block
   for (int64_t c = 0; c < a.dp; ++c) sum[c] = 0;
@@ -214,7 +238,7 @@ void grad_of(const ProjectGrad& a, int64_t begin, int64_t end, int64_t from, int
       const bool wrap = c1 == to;
       const int64_t ahead_row = wrap ? first + kProjectItems : first,
                     ahead_rows = least(kProjectItems, end - ahead_row);
-      const T* ahead = x + ahead_row * a.k + (wrap ? from : c1);
+      const T* ahead = ahead_rows > 0 ? x + ahead_row * a.k + (wrap ? from : c1) : x;
       const int64_t ahead_bytes = least(kProjectStrip, wrap ? to - from : to - c1) * static_cast<int64_t>(sizeof(T));
       const A* left = reinterpret_cast<const A*>(x + first * a.k + c0);
       int64_t down = a.k;
@@ -227,22 +251,14 @@ void grad_of(const ProjectGrad& a, int64_t begin, int64_t end, int64_t from, int
         const int64_t line = c / kTall * 64;
         const Ahead asked{reinterpret_cast<const char*>(ahead) + line, a.k * static_cast<int64_t>(sizeof(T)),
                           line < ahead_bytes ? ahead_rows : 0};
-        for (int64_t p = 0; p < a.dp; p += kPanel<A>) {
-          tile_of<A>(least(kTall, width - c), left + c, 1, down, g + p, a.width, rows,
-                     static_cast<A*>(a.out) + (c0 + c) * a.dp + p, a.dp, {first > begin, nullptr},
-                     p == 0 ? asked : Ahead{nullptr, 0, 0});
-        }
+        tiles<A>(least(kTall, width - c), left + c, 1, down, g, a.width, rows, a.dp,
+                 static_cast<A*>(a.out) + (c0 + c) * a.dp, a.dp, {first > begin, nullptr}, asked);
       }
     }
   }
 }
 
 }  // namespace
-
-int64_t project_panel(bool f64) { return f64 ? kPanel<double> : kPanel<float>; }
-int64_t project_rows_scratch(const ProjectRows& a) { return kProjectRows * a.dp + kTall * kProjectInner; }
-int64_t project_masked_scratch(const ProjectMasked& a) { return (kProjectItems + 1) * a.dp; }
-int64_t project_grad_scratch(const ProjectGrad&) { return kProjectItems * kProjectStrip; }
 
 void project_rows(const ProjectRows& a, int64_t begin, int64_t end, void* scratch) {
   switch (a.dtype) {

@@ -13,18 +13,22 @@ constexpr int64_t kProjectInner =
 constexpr int64_t kProjectItems = 64;  // rows of a block back, whose gradients stay there
 constexpr int64_t kProjectStrip = 96;  // columns of a strip back
 
-// out[:, column : column + d] = mask * (scale * (x w + shift) + design added), a table at a time. Weights are panels:
-// [dp / panel][inner][panel], filled up with zeros.
+// Columns are filled up with zeros to whole lines of 64 bytes, d to dp. A packed weight is panels of four lines,
+// [inner][256 bytes] one after the other, the last one as wide as what is left. The same for every instruction set.
+constexpr int64_t project_columns(int64_t d, bool f64) { return f64 ? (d + 7) / 8 * 8 : (d + 15) / 16 * 16; }
+constexpr int64_t project_panel(bool f64) { return f64 ? 32 : 64; }
+
+// out[:, column : column + d] = mask * (scale * (x w + shift) + design added), a table at a time.
 struct ProjectRows {
   DType dtype;         // of x; everything else is float32, or float64 where x is
   const void* x;       // [rows, k]
   int64_t k;           //
-  const void* weight;  // panels of [k, d]
+  const void* weight;  // [k, d], packed
   const void* shift;   // [dp], or null
   const void* scale;   // [rows], or null
   const void* design;  // [rows, e], or null
   int64_t e;
-  const void* added;  // panels of [e, d], of this table's columns
+  const void* added;  // [e, d], packed, of this table's columns
   const void* mask;   // [rows, width], or null
   void* out;          // [rows, width]
   int64_t width, column, d, dp;
@@ -40,7 +44,7 @@ struct ProjectMasked {
   const void* const* scale;  // count of [rows], each or null
   const void* design;        // [rows, e], or null
   int64_t e;
-  void* ready;  // [count, rows, dp]; null where `grad` itself will do
+  void* ready;  // [count, rows, dp]; null where nobody asks for it
   int64_t rows;
 };
 
@@ -54,11 +58,10 @@ struct ProjectGrad {
   void* out;  // [k, dp]
 };
 
-// Numbers in a panel, and in the scratch of a call of each.
-MMKD_KERNEL(int64_t project_panel(bool f64))
-MMKD_KERNEL(int64_t project_rows_scratch(const ProjectRows& a))
-MMKD_KERNEL(int64_t project_masked_scratch(const ProjectMasked& a))
-MMKD_KERNEL(int64_t project_grad_scratch(const ProjectGrad& a))
+// Numbers in the scratch of a call of each.
+constexpr int64_t project_rows_scratch(int64_t dp) { return kProjectRows * dp + 6 * kProjectInner; }
+constexpr int64_t project_masked_scratch(int64_t dp) { return (kProjectItems + 1) * dp; }
+constexpr int64_t project_grad_scratch() { return kProjectItems * kProjectStrip; }
 
 MMKD_KERNEL(void project_rows(const ProjectRows& a, int64_t begin, int64_t end, void* scratch))
 // Of rows [begin, end): their part of the sums, [count * dp], and of design^T g, [e, count * dp].

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmkd import ops
-from mmkd.ops._checks import accumulate_type
+from mmkd.ops._checks import FLOATS, accumulate_type
 
 BLOCK_ROWS = 4096
 
@@ -144,10 +144,10 @@ class FeatureTable:
 
     @property
     def in_place(self) -> bool:
-        """Whether products take the values where they lie, in the type they are stored in (:func:`mmkd.ops.project`)."""
+        """Whether products may take the values where they lie, in the type they are stored in."""
         values = self.values
-        there = values.device.type == "cpu" and values.is_contiguous() and values.is_floating_point()
-        return there and self.compute == "float32" and accumulate_type(values.dtype) == self.dtype
+        there = values.device.type == "cpu" and values.is_contiguous() and values.dtype in FLOATS
+        return there and self.compute == "float32"
 
     def _direct(self, dtype: torch.dtype) -> bool:
         return self.compute == "float32" and self.values.dtype == dtype
@@ -243,14 +243,26 @@ def project(
         mask: ``[I, M d]``, of dropout.
     """
     folded = [table.folded(weight) for table, weight in zip(tables, weights, strict=True)]
-    if all(table.in_place for table in tables) and len({weight.shape[1] for weight in weights}) == 1:
+    if mask is not None and (mask.dtype != weights[0].dtype or mask.dim() != 2 or mask.shape[1] == 1):
+        return project(tables, weights, design, added) * mask
+    if _in_one_pass(tables, weights, design):
         rows = [weight if t is None else torch.cat([weight, t[None]]) for weight, t in folded]
-        scales = [table.row_scale for table in tables]
-        return ops.project(
-            [table.values for table in tables], rows, scales=scales, design=design, added=added, mask=mask
-        )
+        values, scales = [table.values.detach() for table in tables], [table.row_scale for table in tables]
+        return ops.project(values, rows, scales=scales, design=design, added=added, mask=mask)
     product = _composed(tables, folded, design, added)
     return product if mask is None else product.mul_(mask)  # nobody needs it without
+
+
+def _in_one_pass(tables: Sequence[FeatureTable], weights: Sequence[Tensor], design: Tensor | None) -> bool:
+    """Whether :func:`mmkd.ops.project` takes tables and weights as they are: the values lie on a CPU row after row, and their
+    type goes with the weights', all of one type and width."""
+    dtype, width = weights[0].dtype, weights[0].shape[1]
+    others = [table.row_scale for table in tables] + [design]
+    if any(w.dtype != dtype or w.shape[1] != width for w in weights) or dtype not in (torch.float32, torch.float64):
+        return False
+    if any(t is not None and t.dtype != dtype for t in others):
+        return False
+    return all(table.in_place and accumulate_type(table.values.dtype) == dtype for table in tables)
 
 
 def _composed(tables: Sequence[FeatureTable], folded, design: Tensor | None, added: Tensor | None) -> Tensor:

@@ -28,8 +28,8 @@ def project(
 
         f = mask * ([r_1 (X_1 W_1 + 1 t_1^T), ..., r_M (X_M W_M + 1 t_M^T)] + D A)
 
-    Every row of features is read once forward and once back. No product, sum or masked gradient is a table of its own,
-    and 16-bit features are widened in a register. Differentiable in `weights` and `added`.
+    Every row of features is read once forward and once back, in the type it is stored in; no product or sum is a table of its
+    own, and the masked gradient is made once for all that use it. Differentiable in `weights` and `added`.
 
     Args:
         tables: `X_m`, `[I, d_m]`, constants. float32, bfloat16 or float16 with float32 weights, float64 with float64 ones.
@@ -54,8 +54,9 @@ def project(
         return reference.project(tables, weights, scales, design, added, mask)
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError("project: transforms of torch.func are not supported; use impl='reference' for them")
-    constants = [dense(t) for t in tables], [_scale(r, weights[0]) for r in scales], _dense(design), _dense(mask)
-    return _Project.apply(*constants, _dense(added), *map(dense, weights))
+    scales = [_scale(r, weights[0]) for r in scales]
+    constants = [*map(dense, tables), *scales, _dense(design), _dense(mask)]
+    return _Project.apply(_dense(added), *map(dense, weights), *constants)
 
 
 def _dense(t: Tensor | None) -> Tensor | None:
@@ -67,22 +68,27 @@ def _scale(r: Tensor | None, like: Tensor) -> Tensor:
 
 
 class _Project(torch.autograd.Function):
-    """The schema ops take lists, which a Function does not look into: weights come one by one."""
+    """The schema ops take lists, which a Function does not look into: tensors come one by one, M weights, tables, scales."""
 
     @staticmethod
-    def forward(ctx, tables, scales, design, mask, added, *weights) -> Tensor:
-        ctx.tables, ctx.scales, ctx.constants = tables, scales, (design, mask)
-        ctx.save_for_backward(*weights)
-        return _below_autograd(torch.ops.mmkd.project, tables, list(weights), scales, design, added, mask)
+    def forward(ctx, added: Tensor | None, *tensors) -> Tensor:
+        *many, design, mask = tensors
+        count = len(many) // 3
+        weights, tables, scales = many[:count], many[count : 2 * count], many[2 * count :]
+        ctx.save_for_backward(*tables, *scales, design, mask)
+        ctx.rows = [len(w) for w in weights]
+        return _below_autograd(torch.ops.mmkd.project, list(tables), list(weights), list(scales), design, added, mask)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
-        needed = ctx.needs_input_grad[5:]
-        arguments = dense(grad), ctx.tables, list(ctx.saved_tensors), ctx.scales, *ctx.constants, any(needed)
+        *many, design, mask = ctx.saved_tensors
+        count = len(ctx.rows)
+        need_added, *needed = ctx.needs_input_grad[: 1 + count]
+        arguments = dense(grad), many[:count], ctx.rows, many[count:], design, mask, any(needed)
         *by_weight, by_added = _below_autograd(torch.ops.mmkd.project_backward, *arguments)
-        by_weight = [g if need else None for g, need in zip(by_weight, needed, strict=True)]
-        return None, None, None, None, by_added if ctx.needs_input_grad[4] else None, *by_weight
+        by_weight = (g if need else None for g, need in zip(by_weight, needed, strict=True))
+        return by_added if need_added else None, *by_weight, *(None,) * (len(many) + 2)
 
 
 def _below_autograd(op, *arguments):
@@ -143,9 +149,10 @@ def _register(ns: str, ops) -> None:
     def fake(tables, weights, scales, design, added, mask):
         return weights[0].new_empty(tables[0].shape[0], len(tables) * weights[0].shape[1])
 
-    def fake_backward(grad, tables, weights, scales, design, mask, need_weights):
-        rows = 0 if design is None else design.shape[1]
-        return [*(w.new_empty(w.shape if need_weights else (0,)) for w in weights), grad.new_empty(rows, grad.shape[1])]
+    def fake_backward(grad, tables, weight_rows, scales, design, mask, need_weights):
+        rows, d = 0 if design is None else design.shape[1], grad.shape[1] // len(tables)
+        shapes = ((n, d) if need_weights else (0,) for n in weight_rows)
+        return [*(grad.new_empty(shape) for shape in shapes), grad.new_empty(rows, grad.shape[1])]
 
     def refuse(ctx, *grads):
         raise RuntimeError(f"{ns}::project: call mmkd.ops.project, which carries its gradient")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
@@ -151,7 +153,7 @@ def test_opcheck_compile_and_autocast():
     torch.library.opcheck(torch.ops.mmkd.project.default, arguments, test_utils=checks)
     grad = torch.randn(130, 16)
     for need in (True, False):
-        back = grad, tables, still, scales, given["design"], given["mask"], need
+        back = grad, tables, [len(w) for w in still], scales, given["design"], given["mask"], need
         torch.library.opcheck(torch.ops.mmkd.project_backward.default, back, test_utils=checks)
     leaves = [*weights, given["added"]]
     compiled = torch.compile(lambda: ops.project(tables, weights, **given), fullgraph=True, backend="aot_eager")()
@@ -174,6 +176,29 @@ def test_what_has_no_gradient_says_so():
         raw.sum().backward()
     with pytest.raises(RuntimeError, match=r"project: transforms of torch.func are not supported"):
         torch.func.grad(lambda w: ops.project(tables[:1], [w]).sum())(weights[0].detach())
+
+
+def test_what_is_overwritten_before_the_way_back_is_noticed():
+    tables, weights, given = problem(torch.float32, 8)
+    for t in (given["mask"], given["design"], given["scales"][0], tables[1]):
+        out = ops.project(tables, weights, **given).sum()
+        t.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.backward()
+    out = ops.project(tables, weights, **given)
+    (before,) = torch.autograd.grad(out.sum(), weights[0], retain_graph=True)
+    with torch.no_grad():
+        weights[0].mul_(2)  # nobody reads it any more
+    assert torch.equal(torch.autograd.grad(out.sum(), weights[0])[0], before)
+
+
+def test_constants_go_with_the_way_back():
+    tables, weights, given = problem(torch.float32, 8)
+    seen = weakref.ref(given["mask"])
+    loss = ops.project(tables, weights, **given).sum()
+    del given
+    loss.backward()
+    assert seen() is None
 
 
 def test_errors_name_the_argument():
@@ -218,8 +243,10 @@ def test_the_kernel_checks_for_itself():
         ("design, added: expected both", lambda: run([x], [w], [none], torch.ones(130, 2), None, None)),
         ("added: expected size 2", lambda: run([x], [w], [none], torch.ones(130, 2), torch.ones(3, 8), None)),
         ("mask: expected size 8", lambda: run([x], [w], [none], None, None, torch.ones(130, 9))),
-        ("grad: expected size 130", lambda: back(grad[:3], [x], [w], [none], None, None, True)),
-        ("grad: expected dtype Float", lambda: back(grad.double(), [x], [w], [none], None, None, True)),
+        ("grad: expected size 130", lambda: back(grad[:3], [x], [6], [none], None, None, True)),
+        (r"tables\[0\]: expected float64", lambda: back(grad.double(), [x], [6], [none.double()], None, None, True)),
+        ("grad: expected as many columns", lambda: back(grad[:, :7], [x, x], [6, 6], [none, none], None, None, True)),
+        (r"weights\[0\]: expected 5 rows", lambda: back(grad, [x], [4], [none], None, None, True)),
     ]
     for message, call in cases:
         with pytest.raises(RuntimeError, match=message):
