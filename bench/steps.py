@@ -138,7 +138,8 @@ def teacher_step(name: str, device: str = "cpu") -> Pair:
 
 
 def gemms(name: str) -> Callable[[], None]:
-    """The products a teacher step cannot avoid: `X W` and `X^T G` of every modality, float32."""
+    """The products a teacher step cannot avoid: `X W` and `G^T X` of every modality, float32, in the order of factors that is
+    quickest (`X^T G` takes up to a quarter longer with MKL)."""
     tables = [torch.from_numpy(x) for x in dataset(name).features.values()]
     weights = [torch.randn(x.shape[1], DIM) for x in tables]
     grads = [torch.randn(x.shape[0], DIM) for x in tables]
@@ -146,7 +147,7 @@ def gemms(name: str) -> Callable[[], None]:
     def run() -> None:
         for x, w, g in zip(tables, weights, grads, strict=True):
             x @ w
-            x.T @ g
+            g.T @ x
 
     return run
 

@@ -197,7 +197,7 @@ class Teacher(HoldsGradient, nn.Module):
         return [getattr(self, f"gram{m}") for m in range(len(self.features))] if self.norm == "row" else []
 
     def project(self, prompt: bool = True, mask: Tensor | None = None) -> Tensor:
-        """``f^m``, modalities side by side: ``[I, M d]``; without dropout (`mask`) or the prompt's term on demand.
+        """``f^m``, modalities side by side: ``[I, M d]``; without the prompt's term on demand, and times a `mask` ``[I, M d]`` of dropout.
 
         ``p p^T X W = D (V V^T (D^T X) W)`` with constants ``D = [H 1]`` and ``D^T X``: beside ``X W`` there is one more
         product over items, ``d+1`` wide, and the bias is its last row.
