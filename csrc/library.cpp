@@ -107,6 +107,15 @@ STABLE_TORCH_LIBRARY(mmkd, m) {
       "float beta, float list_tau, bool coupled, float gamma, bool need_table, bool need_state) -> (Tensor loss, "
       "Tensor "
       "terms, Tensor grad_table, Tensor grad_state)");
+  // distill_frozen of propagate(table)[rows] and the prompt's state V V^T mixed, and 1/2 sum l2 ||table[rows]||^2:
+  // terms are the loss's five summands, gradients those of the propagated rows and of the prompt.
+  m.def(
+      "student(Tensor rowptr, Tensor col, Tensor scale, Tensor table, int num_layers, Tensor rows, bool mixed_layers, "
+      "Tensor? l2, int num_users, Tensor users, Tensor candidates, Tensor nodes, Tensor content, Tensor design, Tensor "
+      "ids, Tensor omega, Tensor prompt_weight, Tensor prompt_bias, Tensor mixed, Tensor asked, Tensor listed, int "
+      "first_item, Tensor list_weights, Tensor emb_weights, float bpr, float pair, float list, float emb, float "
+      "pair_tau, bool bernoulli, float alpha, float beta, float list_tau, bool coupled, float gamma, bool need_table, "
+      "bool need_prompt) -> (Tensor loss, Tensor terms, Tensor grad_rows, Tensor grad_weight, Tensor grad_bias)");
   // mask * ([scales_m * (tables_m weights_m)] + design added), tables side by side. A weight with one row more than its
   // table has columns adds that row; an empty tensor among `scales` is none. The way back gives the gradients of the
   // weights (empty where they are not needed), then that of `added`.

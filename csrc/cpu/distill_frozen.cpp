@@ -1,6 +1,8 @@
 // distill_frozen on the CPU: the student's losses straight from the constants of a collapsed teacher. A few samples at
 // a time the teacher is asked, the losses are taken and what they want of the teacher goes into the gradient of Z, so
 // that rows are read once and no row of the teacher's features, or of their gradient, is kept.
+#include "cpu/distill_frozen.h"
+
 #include "cpu/distill_losses.h"
 #include "cpu/frozen_args.h"
 
@@ -116,6 +118,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run(const Inputs& in, FrozenArgs a, c
   return {total, terms, grads.table, grad_state};
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> distill_frozen(
     Tensor table, int64_t num_users, Tensor users, Tensor candidates, Tensor nodes, Tensor content, Tensor design,
     Tensor ids, Tensor omega, Tensor state, Tensor asked, Tensor listed, int64_t first_item, Tensor list_weights,
@@ -161,7 +165,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> distill_frozen(
                                : run<float>(in, a, state, margin, logits, need_state);
 }
 
-}  // namespace
 }  // namespace mmkd
 
 STABLE_TORCH_LIBRARY_IMPL(mmkd, CPU, m) { m.impl("distill_frozen", TORCH_BOX(&mmkd::distill_frozen)); }

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/parallel.h"
+#include "cpu/propagate.h"
 #include "cpu/spmm_kernel.h"
 
 namespace mmkd {
@@ -472,6 +473,8 @@ std::optional<Tensor> horner(const Graph& g, const Tensor& x, int64_t num_layers
   return h.last(a, n) ? std::optional<Tensor>(out) : std::nullopt;
 }
 
+}  // namespace
+
 Tensor propagate_as(const Tensor& rowptr, const Tensor& col, const Tensor& scale, const Tensor& x, int64_t num_layers,
                     const OptTensor& rows, bool mixed) {
   check_table(x, "x");
@@ -486,6 +489,8 @@ Tensor propagate_as(const Tensor& rowptr, const Tensor& col, const Tensor& scale
   return *with_sides(g.m, num_layers > (mixed ? 1 : 2),
                      [&](int64_t split) { return horner(g, x, num_layers, wanted, n, mixed, split); });
 }
+
+namespace {
 
 Tensor propagate(Tensor rowptr, Tensor col, Tensor scale, Tensor x, int64_t num_layers, OptTensor rows,
                  OptTensor /*plan*/) {

@@ -54,18 +54,27 @@ class RowGradient:
         self.rows: Tensor | None = None
         self.grad: Tensor | None = None
         self.l2: Tensor | None = None
+        self._ascend = False
 
-    def put(self, rows: Tensor, grad: Tensor) -> None:
-        """What a backward pass arrives with; a second one before a step is an error."""
+    def put(self, rows: Tensor, grad: Tensor, l2: Tensor | None = None, ascending: bool = False) -> None:
+        """What a backward pass arrives with; a second one before a step is an error. ascending: the rows are known to ascend,
+        each once."""
         if self.grad is not None:
             raise RuntimeError(
                 "a second backward pass before step(): one forward(rows) a step, optimizer.materialize() between two, or "
                 "optimizer.zero_grad() to drop the first"
             )
-        self.rows, self.grad = rows, grad
+        self.rows, self.grad, self.l2, self._ascend = rows, grad, l2, ascending
+
+    def fits(self, x: Tensor, compute: torch.dtype | None) -> bool:
+        """Whether a propagated `x` is still of the kind this was made for."""
+        gather = gathered_in(x, compute)
+        return self.gather == gather and (compute is None or gather is not None)
 
     def in_order(self) -> bool:
         """Whether the rows ascend, each once."""
+        if self._ascend:
+            return True
         rows = self.rows.cpu().numpy()  # a tenth of what torch takes for three small ops
         return bool((rows[1:] > rows[:-1]).all())
 
@@ -102,9 +111,7 @@ def propagated(
     """``propagate`` as the models train with it: in the type ``compute``, and into ``held`` where it is to hold the gradient."""
     transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     gather = gathered_in(x, compute)
-    # what `held` was made for may have changed since
-    holds = held is not None and held.gather == gather and (compute is None or gather is not None)
-    if holds and rows is not None and torch.is_grad_enabled() and not transformed:
+    if held is not None and held.fits(x, compute) and rows is not None and torch.is_grad_enabled() and not transformed:
         return _Hold.apply(x, held, rows)
     if gather is not None and torch.is_grad_enabled():
         return ops.propagate(graph, x, layers, rows=rows, gather=gather)

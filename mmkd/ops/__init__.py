@@ -8,6 +8,7 @@ from mmkd.ops.frozen_teacher import frozen_teacher
 from mmkd.ops.list_kd import list_kd_from_scores, list_kd_loss, list_scores
 from mmkd.ops.project import project
 from mmkd.ops.spmm import propagate, propagate_adamw_, sddmm, spmm
+from mmkd.ops.student import student_loss
 from mmkd.ops.topk import topk
 
 __all__ = [
@@ -27,5 +28,6 @@ __all__ = [
     "propagate_adamw_",
     "sddmm",
     "spmm",
+    "student_loss",
     "topk",
 ]

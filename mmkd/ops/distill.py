@@ -178,10 +178,15 @@ def check_batch(table: Tensor, num_users: int, users: Tensor, candidates: Tensor
     """A table of users, then items, and a batch of lists over it."""
     check_floating(table, "table")
     check_rank(table, "table", 2)
+    check_lists(len(table), "table", num_users, users, candidates)
+
+
+def check_lists(count: int, of: str, num_users: int, users: Tensor, candidates: Tensor) -> None:
+    """A batch of lists over `count` rows of the argument `of`, users, then items."""
     if isinstance(num_users, bool) or not hasattr(num_users, "__index__"):
         raise TypeError(f"num_users: expected an int, got {type(num_users).__name__}")
-    if not 0 <= num_users <= len(table):
-        raise ValueError(f"num_users: expected 0 to {len(table)}, the rows of table, got {num_users}")
+    if not 0 <= num_users <= count:
+        raise ValueError(f"num_users: expected 0 to {count}, the rows of {of}, got {num_users}")
     check_index(users, "users")
     check_index(candidates, "candidates", rank=2)
     check_shape(candidates, "candidates", (len(users), candidates.shape[1]))
@@ -251,6 +256,17 @@ def modality_weights(t: Tensor | None, name: str, count: int, table: Tensor, oth
         return table.new_full((count,), otherwise, dtype=acc)
     check_same_device(("table", table), (name, t))
     return vector(t, name, count, acc)
+
+
+def modalities_of(
+    content: Tensor, table: Tensor, list_modalities: Tensor | None, emb_modalities: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The weights that a teacher's modalities have in ListKD and in EmbKD, as the kernels take them."""
+    heads = len(content)
+    return (
+        modality_weights(list_modalities, "list_modalities", heads, table, 1.0 / max(1, heads)),
+        modality_weights(emb_modalities, "emb_modalities", heads, table, 1.0),
+    )
 
 
 @on_register

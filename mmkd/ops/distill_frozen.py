@@ -13,7 +13,7 @@ from mmkd.ops.distill import (
     checked_settings,
     checked_weights,
     distill_loss,
-    modality_weights,
+    modalities_of,
     schema_settings,
 )
 from mmkd.ops.frozen_teacher import check_frozen, frozen_teacher
@@ -58,7 +58,7 @@ def distill_frozen_loss(
     check_frozen(content, design, ids, omega, state, asked, "asked", listed, "listed", first_item)
     by = checked_weights(weights)
     settings = checked_settings(pair_tau, pair_kind, alpha, beta, list_tau, list_weight, gamma)
-    nodes = _checked_nodes(nodes, by, users)
+    nodes = checked_nodes(nodes, by, users)
     check_shape(asked, "asked", (3 * len(users) + len(nodes),))
     check_shape(listed, "listed", tuple(candidates.shape))
     check_shape(table, "table", (len(table), content.shape[2]))
@@ -72,17 +72,14 @@ def distill_frozen_loss(
         return composed(student, teacher, by, settings, list_modalities, emb_modalities)
     if table.dtype != content.dtype:
         raise TypeError(f"table: expected {content.dtype}, as content, for impl={impl!r}, got {table.dtype}")
-    modalities = (
-        modality_weights(list_modalities, "list_modalities", len(content), table, 1.0 / max(1, len(content))),
-        modality_weights(emb_modalities, "emb_modalities", len(content), table, 1.0),
-    )
+    modalities = modalities_of(content, table, list_modalities, emb_modalities)
     which = backends.resolve("distill_frozen", table, impl)
     if which == "reference":
         return reference.distill_frozen(*student, *teacher, by, *settings, *modalities)
     return _fused(which, student, teacher, by, settings, modalities)
 
 
-def _checked_nodes(nodes: Tensor | None, by, users: Tensor) -> Tensor:
+def checked_nodes(nodes: Tensor | None, by, users: Tensor) -> Tensor:
     if by[3] and nodes is None:
         raise ValueError("nodes: expected a tensor, got None; without one, weights[3] is to be 0")
     nodes = nodes if by[3] else users.new_empty(0)

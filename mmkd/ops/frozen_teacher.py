@@ -76,19 +76,19 @@ def _fits(state: Tensor) -> bool:
 
 
 def check_frozen(
-    content: Tensor, design: Tensor, ids: Tensor, omega: Tensor, state: Tensor, nodes: Tensor, nodes_name: str,
+    content: Tensor, design: Tensor, ids: Tensor, omega: Tensor, state: Tensor | None, nodes: Tensor, nodes_name: str,
     candidates: Tensor, list_name: str, first_item: int,
 ) -> None:  # fmt: skip
-    """The constants of a collapsed teacher, and what it is asked for."""
+    """The constants of a collapsed teacher, and what it is asked for; state: None where it is made of something else."""
     check_floating(content, "content")
     check_rank(content, "content", 3)
-    check_floating(state, "state", content.dtype)
-    check_rank(state, "state", 3)
-    (count, num_nodes, d), inner = content.shape, state.shape[1]
-    shapes = {
-        "design": (design, (num_nodes, inner)), "ids": (ids, (num_nodes, d)), "omega": (omega, (count,)),
-        "state": (state, (count, inner, d)),
-    }  # fmt: skip
+    wide = design if state is None else state
+    check_floating(wide, "design" if state is None else "state", content.dtype)
+    check_rank(wide, "design" if state is None else "state", 2 if state is None else 3)
+    (count, num_nodes, d), inner = content.shape, wide.shape[1]
+    shapes = {"design": (design, (num_nodes, inner)), "ids": (ids, (num_nodes, d)), "omega": (omega, (count,))}
+    if state is not None:
+        shapes["state"] = state, (count, inner, d)
     check_no_grad(content, "content")
     for name, (t, shape) in shapes.items():
         check_floating(t, name, content.dtype)

@@ -16,6 +16,7 @@ from mmkd.reference.spmm import (
     sddmm,
     spmm,
 )
+from mmkd.reference.student import prompt_state, student
 from mmkd.reference.topk import topk
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "margins",
     "pair_kd",
     "project",
+    "prompt_state",
     "propagate",
     "propagate_adamw_",
     "propagate_backward",
@@ -36,5 +38,6 @@ __all__ = [
     "propagate_mixed_backward",
     "sddmm",
     "spmm",
+    "student",
     "topk",
 ]

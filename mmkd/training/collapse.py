@@ -13,29 +13,7 @@ from mmkd import ops
 from mmkd.graph import BipartiteGraph
 from mmkd.models.prompt import Prompt
 from mmkd.models.teacher import Teacher, TeacherOutput, combine, prompt_parts, spread
-
-
-def _state(stacked: Tensor, mixed: Tensor, modalities: int) -> Tensor:
-    """``V V^T S^m`` from ``V [e, d]`` and the ``S^m`` side by side, ``[e, M d]``; ``[M, e, d]``."""
-    inner, wide = mixed.shape
-    product = (stacked @ stacked.T) @ mixed
-    return product.view(inner, modalities, wide // modalities).transpose(0, 1).contiguous()
-
-
-class _State(torch.autograd.Function):
-    """:func:`_state` in two products each way, where autograd's matmul makes ten small calls."""
-
-    @staticmethod
-    def forward(ctx, stacked: Tensor, mixed: Tensor, modalities: int) -> Tensor:  # V [e, d], S [e, M d]
-        ctx.save_for_backward(stacked, mixed)
-        return _state(stacked, mixed, modalities)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        stacked, mixed = ctx.saved_tensors
-        flat = grad.transpose(0, 1).reshape(mixed.shape).to(mixed.dtype)  # 16 bits from an autocast region
-        square = flat @ mixed.T  # [e, e], of V V^T
-        return (square + square.T) @ stacked, None, None
+from mmkd.ops.student import prompt_state
 
 
 class FrozenTeacher(nn.Module):
@@ -105,8 +83,7 @@ class FrozenTeacher(nn.Module):
             return None
         stacked = self.prompt.stacked()
         if self.norm == "mean":
-            transformed = torch._C._are_functorch_transforms_active()  # they take no Function of this, quicker, kind
-            return (_state if transformed else _State.apply)(stacked, self.mixed, self.modalities)
+            return prompt_state(stacked, self.mixed, self.modalities)
         parts = prompt_parts(self.prompt.design, stacked, list(self.mixed), list(self.grams))  # [I, M d]
         return self.content + self.strength * self._everywhere(parts)
 

@@ -66,46 +66,63 @@ class PropagatedAdamW(torch.optim.AdamW):
         """One step."""
         if closure is not None:
             raise ValueError("closure: expected None; call backward() before step()")
-        if self.held is not None and self.held.grad is not None:
-            group = next(g for g in self.param_groups if any(p is self.table for p in g["params"]))
-            if self.table.grad is not None or not self._plain(group) or not self.held.in_order():
+        held = self.held
+        if held is not None and held.grad is not None:
+            own = self._table_group()
+            if self.table.grad is not None or not self._plain(own) or not held.in_order():
                 self.materialize()
             else:
-                self._step_table(self.held, group)
-                if all(map(self._plain, self.param_groups)):
-                    self._step_others()
+                self._step_table(held, own)
+                others = [group for group in self.param_groups if group is not own or len(own["params"]) > 1]
+                if all(map(self._plain, others)):
+                    self._step_others(others)
                     return None
         return super().step()
+
+    def _table_group(self) -> dict[str, Any]:
+        """The group that has the table."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p is self.table:
+                    return group
+        raise ValueError("params: expected the model's table among them")
 
     def _plain(self, group: dict[str, Any]) -> bool:
         """Whether a group wants nothing but AdamW of tensors of one kind beside the table, in a step that no `GradScaler`
         has a word in."""
-        wanted = ("maximize", "amsgrad", "capturable", "differentiable")
-        if group["fused"] is not True or any(group[name] for name in wanted):
+        if group["fused"] is not True or group["maximize"] or group["amsgrad"]:
             return False
-        if any(getattr(self, name, None) is not None for name in ("grad_scale", "found_inf")):
+        if group["capturable"] or group["differentiable"]:
+            return False
+        if getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None:
             return False
         params = group["params"]
-        return all(
-            p.dtype == params[0].dtype and p.is_floating_point() and p.device == self.table.device
-            and not (p.grad is not None and p.grad.is_sparse)
-            for p in params
-        )  # fmt: skip
+        dtype, device = params[0].dtype, self.table.device
+        if not dtype.is_floating_point:
+            return False
+        for p in params:
+            grad = p.grad
+            if p.dtype != dtype or p.device != device or (grad is not None and grad.is_sparse):
+                return False
+        return True
 
     def _step_table(self, held: RowGradient, group: dict[str, Any]) -> None:
-        state = self._state(self.table)
-        ops.propagate_adamw_(
-            held.graph, held.grad, held.layers, held.rows, self.table.detach(), state["exp_avg"], state["exp_avg_sq"],
-            step=int(state["step"]) + 1, lr=float(group["lr"]), betas=group["betas"], eps=group["eps"],
-            weight_decay=group["weight_decay"], l2=held.l2, gather=held.gather,
-        )  # fmt: skip
+        """By the kernel itself, which checks what the door does."""
+        state, table, graph = self._state(self.table), self.table, held.graph
+        beta1, beta2 = group["betas"]
+        with torch._C._AutoDispatchBelowAutograd():
+            torch.ops.mmkd.propagate_adamw.default(
+                graph.rowptr, graph.col, graph.scale_as(table.dtype), held.grad.contiguous(), held.layers, held.rows, held.l2,
+                table, state["exp_avg"], state["exp_avg_sq"], float(group["lr"]), beta1, beta2, group["eps"],
+                group["weight_decay"], int(state["step"]) + 1, held.gather is not None,
+            )  # fmt: skip
         state["step"] += 1  # a step that was refused does not count
         held.clear()
 
     @torch.no_grad()
-    def _step_others(self) -> None:
+    def _step_others(self, groups: list[dict[str, Any]]) -> None:
         """Of the small tensors beside the table, by the op torch's step ends in: what is around it takes five times as long."""
-        for group in self.param_groups:
+        for group in groups:
             ready = [p for p in group["params"] if p.grad is not None]
             if not ready:
                 continue

@@ -125,6 +125,13 @@ def node_batch(
     )
 
 
+def l2_weights(batch: NodeBatch, weight: float, table: Tensor) -> Tensor | None:
+    """What the L2 term `weight * 1/2 sum ||row||^2 / B` weighs each of the batch's rows with, `[n]`; None without it."""
+    if not weight:
+        return None
+    return weight / batch.users.numel() * batch.all_counts.to(table.dtype)
+
+
 def add_l2(model: Propagated, batch: NodeBatch, weight: float) -> Tensor:
     """The L2 term `weight * 1/2 sum ||row||^2 / B` over the batch's layer-0 rows; its gradient goes straight into the rows
     of the table's, so that no dense `[N, d]` gradient is made for it. Call after backward; returns the value."""
@@ -132,7 +139,7 @@ def add_l2(model: Propagated, batch: NodeBatch, weight: float) -> Tensor:
     with torch.no_grad():
         share, counts = weight / batch.users.numel(), batch.counts.to(table.dtype)
         if weight and held is not None and held.grad is not None:
-            held.l2 = share * batch.all_counts.to(table.dtype)
+            held.l2 = l2_weights(batch, weight, table)
         elif weight:
             table.grad.index_add_(0, batch.touched, (share * counts)[:, None] * table.index_select(0, batch.touched))
         square = ops.list_scores(table, table, batch.touched, batch.touched[:, None])  # ||row||^2, [n, 1]

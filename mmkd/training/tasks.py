@@ -8,18 +8,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmkd import ops
+from mmkd import backends, ops
 from mmkd.config import Config, StageConfig
 from mmkd.data import Dataset
 from mmkd.data.sampling import Sampler
 from mmkd.graph import BipartiteGraph, ItemRows
 from mmkd.models.lightgcn import LightGCN
 from mmkd.models.teacher import Teacher
+from mmkd.ops.student import StudentGradients
 from mmkd.training.collapse import FrozenTeacher
 from mmkd.training.optim import PropagatedAdamW
 from mmkd.training.ranking import SharedNegatives, ranking_loss
 from mmkd.training.recorded import RandomBytes, Recordable
-from mmkd.training.stage import SIZE, Ahead, NodeBatch, add_l2, batches, mixed_seed, node_batch, seeded, to_tensors
+from mmkd.training.stage import (
+    SIZE,
+    Ahead,
+    NodeBatch,
+    add_l2,
+    batches,
+    l2_weights,
+    mixed_seed,
+    node_batch,
+    seeded,
+    to_tensors,
+)
+
+TERMS = ("ranking", "pair", "list", "emb")  # of the student's loss
 
 
 class _NodesTask(Recordable):
@@ -190,11 +204,13 @@ class StudentBatch:
         nodes: the student's compact table.
         candidates: int64 `[B, K]`, item ids.
         asked: int64 `[3B (+ n)]`, node ids where the teacher is asked: users, observed items, BPR's negatives, EmbKD's nodes.
+        l2: `[n]`, weights of the L2 term on the rows of `nodes`; None on a GPU, and without that term.
     """
 
     nodes: NodeBatch
     candidates: Tensor
     asked: Tensor
+    l2: Tensor | None = None
 
     def to(self, device: torch.device) -> StudentBatch:
         """The same batch, made on the CPU, on `device`."""
@@ -222,6 +238,7 @@ class StudentTask(_NodesTask):
         by = self.distill.pair, self.distill.list, self.distill.emb
         self.lambdas = torch.tensor([1.0, *by], device=student.table.device)  # of BPR, PairKD, ListKD, EmbKD
         self.model = _StudentParameters(student, teacher.prompt)
+        self._gradients: StudentGradients | None = None
         self.learn_prompt = config.prompt.lr > 0 and config.prompt.strength > 0
         for parameter in teacher.prompt.parameters():
             parameter.requires_grad_(self.learn_prompt)
@@ -241,7 +258,9 @@ class StudentTask(_NodesTask):
         asked = [users, candidates[:, 0] + nodes, candidates[:, 1] + nodes]
         if extra is not None:
             asked.append(extra)
-        return StudentBatch(self._nodes(epoch, step, users, candidates, extra), candidates, torch.cat(asked))
+        batch = self._nodes(epoch, step, users, candidates, extra)
+        l2 = l2_weights(batch, self.settings.l2, self.student.table) if self.graph.device.type == "cpu" else None
+        return StudentBatch(batch, candidates, torch.cat(asked), l2)
 
     def _emb_nodes(self, epoch: int, step: int) -> Tensor | None:
         """Node ids EmbKD looks at: all, or a uniform sample with replacement (an unbiased estimate of the mean)."""
@@ -257,7 +276,9 @@ class StudentTask(_NodesTask):
         return not len(batch.nodes.shared)
 
     def gradients(self, drawn: StudentBatch) -> dict[str, Tensor]:
-        batch = drawn.nodes
+        batch, at_once = drawn.nodes, None if len(drawn.nodes.shared) else self._in_one_call()
+        if at_once is not None:
+            return self._all_at_once(at_once, drawn)
         table = self.student(batch.rows)  # [n, d]
         loss, terms = self._distill(drawn, table)
         if len(batch.shared):
@@ -267,15 +288,44 @@ class StudentTask(_NodesTask):
         terms = {name: value.detach() for name, value in terms.items()}
         return {**terms, "l2": add_l2(self.student, batch, self.settings.l2)}
 
+    def _in_one_call(self) -> StudentGradients | None:
+        """What makes a step's gradients without autograd; None where the student does not hold them back for its optimizer, or
+        where teacher, table or student are of a kind that the kernel does not have."""
+        student, teacher = self.student, self.teacher
+        held, table = student.held, student.table
+        if held is None or type(student).forward is not LightGCN.forward or not held.fits(table, student.compute):
+            return None
+        made = self._gradients
+        if made is None or made.table is not table or made.gather != held.gather:
+            kernel = backends.why_not("student", "cpp", table.device.type) is None
+            if not kernel or teacher.norm != "mean" or not teacher.strength or table.dtype != teacher.content.dtype:
+                return None
+            made = self._gradients = StudentGradients(
+                student.graph, table, student.layers, teacher.constants(teacher.mixed), teacher.prompt.weight,
+                teacher.prompt.bias, teacher.mixed, self.graph.num_users, gather=held.gather, **self._settings(),
+            )  # fmt: skip
+        return made
+
+    def _all_at_once(self, gradients: StudentGradients, drawn: StudentBatch) -> dict[str, Tensor]:
+        """:meth:`gradients` in one call."""
+        batch, prompt = drawn.nodes, (self.teacher.prompt.weight, self.teacher.prompt.bias)
+        learn = any(p.requires_grad for p in prompt)
+        terms, rows, *grads = gradients(
+            batch.rows, drawn.l2, batch.num_users, batch.users, batch.candidates, batch.extra, drawn.asked,
+            drawn.candidates, learn,
+        )  # fmt: skip
+        self.student.held.put(batch.rows, rows, drawn.l2, ascending=True)
+        for p, grad in zip(prompt, grads, strict=True):
+            if p.requires_grad:
+                p.grad = grad if p.grad is None else p.grad + grad
+        *losses, squares = terms.unbind()
+        named = zip(TERMS, gradients.by, losses, strict=True)
+        return {**{name: term for name, by, term in named if by}, "l2": squares}
+
     def _distill(self, drawn: StudentBatch, table: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The losses of the compact table; BPR only where no shared negatives take its place."""
-        batch, d = drawn.nodes, self.distill
-        weights = (0.0 if len(batch.shared) else 1.0, d.pair, d.list, d.emb)
-        settings = {
-            "weights": weights, "pair_tau": d.pair_tau, "pair_kind": d.pair_kind, "alpha": d.list_alpha,
-            "beta": d.list_beta, "list_tau": d.list_tau, "list_weight": d.list_weight, "gamma": d.emb_gamma,
-            "list_modalities": self.modality_weights, "emb_modalities": self.emb_modalities,
-        }  # fmt: skip
+        batch, settings = drawn.nodes, self._settings(ranking=not len(drawn.nodes.shared))
+        weights, d = settings["weights"], self.distill
         own, state = (table, batch.num_users, batch.users, batch.candidates), self.teacher.state()
         constants = self.teacher.constants(state)
         if constants is not None:
@@ -284,8 +334,17 @@ class StudentTask(_NodesTask):
         else:
             margin, logits, targets = self.teacher.asked(drawn.asked, drawn.candidates, state, lists=bool(d.list))
             loss, terms = ops.distill_loss(*own, margin, logits, batch.extra, targets.to(table.dtype), **settings)
-        named = zip(("ranking", "pair", "list", "emb"), weights, (terms * self.lambdas).unbind(), strict=True)
+        named = zip(TERMS, weights, (terms * self.lambdas).unbind(), strict=True)
         return loss, {name: term for name, weight, term in named if weight}
+
+    def _settings(self, ranking: bool = True) -> dict:
+        """Of the losses; ranking: whether BPR is one of them."""
+        d = self.distill
+        return {
+            "weights": (1.0 if ranking else 0.0, d.pair, d.list, d.emb), "pair_tau": d.pair_tau, "pair_kind": d.pair_kind,
+            "alpha": d.list_alpha, "beta": d.list_beta, "list_tau": d.list_tau, "list_weight": d.list_weight,
+            "gamma": d.emb_gamma, "list_modalities": self.modality_weights, "emb_modalities": self.emb_modalities,
+        }  # fmt: skip
 
     def tables(self) -> tuple[Tensor, Tensor]:
         return self.student.tables()
