@@ -6,6 +6,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -62,6 +63,13 @@ inline void check_float(const Tensor& t, const char* name) {
 // The type sums are kept in: float32 for everything but float64.
 inline ScalarType accumulate_type(ScalarType t) {
   return t == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// Whether every entry of an index lies in [0, bound): one pass without a branch.
+inline bool all_below(const int64_t* index, int64_t n, int64_t bound) {
+  uint64_t worst = 0;
+  for (int64_t i = 0; i < n; ++i) worst = std::max(worst, static_cast<uint64_t>(index[i]));
+  return n == 0 || worst < static_cast<uint64_t>(bound);
 }
 
 template <class T>

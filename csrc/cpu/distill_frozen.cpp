@@ -85,6 +85,7 @@ class Frozen {
     a.head_rows = kFrozenChunk;
     a.first_head = begin;
     a.heads = work.at(heads_);
+    a.joint_kept = true;
     return a;
   }
 

@@ -8,6 +8,7 @@ namespace MMKD_ISA {
 namespace {
 
 constexpr double kNormEps = 1e-12;  // as torch.nn.functional.normalize
+constexpr int64_t kIdsAhead = 4;    // samples
 
 // out = sum_l w[l] * table[index[l]], one row of `width` columns; `next` (or null): rows that come after.
 template <int NV, class A>
@@ -82,6 +83,9 @@ struct Batch {
     const A* ids = static_cast<const A*>(a.ids);
     A scale, unused;
     for (int64_t i = 0; i < n; ++i) {
+      if (i + kIdsAhead < n) {
+        for (int part = 0; part < 3; ++part) prefetch_row(ids + asked(part)[i + kIdsAhead] * a.d, a.d);
+      }
       A *u = users + i * a.d, *v = difference + i * a.d;
       for (int64_t c = 0; c < a.d; ++c) {
         u[c] = ids[asked(0)[i] * a.d + c];
@@ -113,6 +117,52 @@ struct Batch {
   }
 };
 
+// s[r] += x . table[index[r]], the whole vectors of the rows; what is left of them is returned in tail[r].
+template <int R, class A>
+MMKD_INLINE void add_products(const A* x, const A* table, int64_t width, const int64_t* index, typename Vec<A>::V* s,
+                              A* tail) {
+  using W = Vec<A>;
+  const A* row[R];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) row[r] = table + index[r] * width;
+  int64_t c = 0;
+  for (; c + W::size <= width; c += W::size) {
+    const typename W::V v = W::load(x + c);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) s[r] += v * W::load(row[r] + c);
+  }
+  for (; c < width; ++c) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) tail[r] += x[c] * row[r][c];
+  }
+}
+
+// out[l] = own . content[index[l]] + through . design[index[l]] of R candidates: independent sums hide each other's
+// waits.
+template <int R, class A>
+MMKD_INLINE void logits_tile(const A* own, const A* through, const A* content, const A* design, int64_t d, int64_t e,
+                             const int64_t* index, A* out) {
+  typename Vec<A>::V s[R];
+  A tail[R];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+    s[r] = typename Vec<A>::V{};
+    tail[r] = 0;
+  }
+  add_products<R>(own, content, d, index, s, tail);
+  add_products<R>(through, design, e, index, s, tail);
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) out[r] = lane_sum<A>(s[r]) + tail[r];
+}
+
+template <class A>
+void logits_of(const A* own, const A* through, const A* content, const A* design, int64_t d, int64_t e,
+               const int64_t* index, int64_t n, A* out) {
+  int64_t l = 0;
+  for (; l + 4 <= n; l += 4) logits_tile<4>(own, through, content, design, d, e, index + l, out + l);
+  for (; l < n; ++l) logits_tile<1>(own, through, content, design, d, e, index + l, out + l);
+}
+
 template <class A>
 void samples_typed(const FrozenArgs& a, int64_t begin, int64_t end, void* scratch) {
   const Batch<A> b{a, begin, end - begin};
@@ -137,12 +187,8 @@ void samples_typed(const FrozenArgs& a, int64_t begin, int64_t end, void* scratc
   for (int64_t i = 0; i < b.n; ++i) {
     for (int64_t m = 0; m < a.modalities; ++m) {
       b.prefetch_lists(m, i + 1);
-      const A *own = b.head(m, 0) + i * a.d, *g = through + (m * b.n + i) * a.ep;
-      A* out = b.logits(m, i);
-      for (int64_t l = 0; l < a.list; ++l) {
-        const int64_t item = b.list(i)[l];
-        out[l] = dot(own, b.items(m) + item * a.d, a.d) + dot(g, b.item_design() + item * a.e, a.e);
-      }
+      logits_of(b.head(m, 0) + i * a.d, through + (m * b.n + i) * a.ep, b.items(m), b.item_design(), a.d, a.e,
+                b.list(i), a.list, b.logits(m, i));
     }
   }
 }
@@ -180,7 +226,7 @@ void sample_grads_typed(const FrozenArgs& a, int64_t begin, int64_t end, void* s
   for (int part = 0; part < 3; ++part) {
     copy_rows(Rows<A>{b.design(), a.e, b.asked(part)}, n, a.e, design + part * n * a.e);
   }
-  if (a.grad_margin) b.joint(users, difference);
+  if (a.grad_margin && !a.joint_kept) b.joint(users, difference);
   for (int64_t i = 0; i < n; ++i) {
     for (int64_t m = 0; m < a.modalities; ++m) {
       A* rows = grad + (m * 3 * n + i) * d;

@@ -25,6 +25,7 @@ struct FrozenArgs {
   const void* grad_margin;    // backward; null: zeros
   const void* grad_logits;
   const void* grad_targets;  // laid out as targets
+  bool joint_kept;           // the scratch of sample gradients is as frozen_samples left it for the same samples
   int64_t head_rows, first_head, target_rows, first_target;
   int64_t num_nodes, first_item, d, e, ep, modalities, batch, list, num_targets;
 };

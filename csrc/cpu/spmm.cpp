@@ -238,7 +238,8 @@ const int64_t* rows_of(const Tensor& rows, int64_t num_nodes) {
   check_type(rows, "rows", ScalarType::Long);
   MMKD_CHECK(rows.is_contiguous(), "rows: expected a contiguous tensor");
   const int64_t* r = data<int64_t>(rows);
-  for (int64_t i = 0, n = rows.numel(); i < n; ++i) {
+  const int64_t n = rows.numel();
+  for (int64_t i = all_below(r, n, num_nodes) ? n : 0; i < n; ++i) {
     MMKD_CHECK(r[i] >= 0 && r[i] < num_nodes, "rows: entry ", i, " is ", r[i], ", expected [0, ", num_nodes, ")");
   }
   return r;

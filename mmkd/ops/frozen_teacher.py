@@ -76,25 +76,37 @@ def _fits(state: Tensor) -> bool:
 
 
 def check_frozen(
-    content: Tensor, design: Tensor, ids: Tensor, omega: Tensor, state: Tensor | None, nodes: Tensor, nodes_name: str,
+    content: Tensor, design: Tensor, ids: Tensor, omega: Tensor, state: Tensor, nodes: Tensor, nodes_name: str,
     candidates: Tensor, list_name: str, first_item: int,
 ) -> None:  # fmt: skip
-    """The constants of a collapsed teacher, and what it is asked for; state: None where it is made of something else."""
+    """The constants of a collapsed teacher with its state, and what it is asked for."""
     check_floating(content, "content")
     check_rank(content, "content", 3)
-    wide = design if state is None else state
-    check_floating(wide, "design" if state is None else "state", content.dtype)
-    check_rank(wide, "design" if state is None else "state", 2 if state is None else 3)
-    (count, num_nodes, d), inner = content.shape, wide.shape[1]
-    shapes = {"design": (design, (num_nodes, inner)), "ids": (ids, (num_nodes, d)), "omega": (omega, (count,))}
-    if state is not None:
-        shapes["state"] = state, (count, inner, d)
+    check_floating(state, "state", content.dtype)
+    check_rank(state, "state", 3)
+    inner = state.shape[1]
+    check_constants(content, design, ids, omega, inner, nodes, nodes_name, candidates, list_name, first_item)
+    check_shape(state, "state", (content.shape[0], inner, content.shape[2]))
+    check_same_device(("content", content), ("state", state))
+
+
+def check_constants(
+    content: Tensor, design: Tensor, ids: Tensor, omega: Tensor, inner: int, nodes: Tensor, nodes_name: str,
+    candidates: Tensor, list_name: str, first_item: int,
+) -> None:  # fmt: skip
+    """The constants of a collapsed teacher whose design is `inner` wide, and what it is asked for."""
+    check_floating(content, "content")
+    check_rank(content, "content", 3)
     check_no_grad(content, "content")
-    for name, (t, shape) in shapes.items():
+    count, num_nodes, d = content.shape
+    for name, t, shape in (
+        ("design", design, (num_nodes, inner)),
+        ("ids", ids, (num_nodes, d)),
+        ("omega", omega, (count,)),
+    ):
         check_floating(t, name, content.dtype)
         check_shape(t, name, shape)
-        if name != "state":
-            check_no_grad(t, name)
+        check_no_grad(t, name)
     if isinstance(first_item, bool) or not hasattr(first_item, "__index__"):
         raise TypeError(f"first_item: expected an int, got {type(first_item).__name__}")
     if not 0 <= first_item <= num_nodes:
@@ -106,7 +118,7 @@ def check_frozen(
             f"{nodes_name}: expected at least {3 * len(candidates)} ids, 3 per row of {list_name}, got shape "
             f"{tuple(nodes.shape)}"
         )
-    named = (("design", design), ("ids", ids), ("omega", omega), ("state", state), (nodes_name, nodes))
+    named = (("design", design), ("ids", ids), ("omega", omega), (nodes_name, nodes))
     check_same_device(("content", content), *named, (list_name, candidates))
 
 

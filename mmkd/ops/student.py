@@ -21,7 +21,7 @@ from mmkd.ops._checks import (
 from mmkd.ops._registry import call, differentiable, on_register
 from mmkd.ops.distill import check_lists, checked_settings, checked_weights, modalities_of, schema_settings
 from mmkd.ops.distill_frozen import checked_nodes, distill_frozen_loss
-from mmkd.ops.frozen_teacher import check_frozen
+from mmkd.ops.frozen_teacher import check_constants
 from mmkd.ops.spmm import check_gather, propagate
 
 
@@ -95,11 +95,10 @@ def student_loss(
     _check_table(graph, table, num_layers, rows, gather)
     check_lists(len(rows), "rows", num_users, users, candidates)
     _check_prompt(prompt_weight, prompt_bias, mixed, content)
-    check_frozen(content, design, ids, omega, None, asked, "asked", listed, "listed", first_item)
+    check_constants(content, design, ids, omega, len(mixed), asked, "asked", listed, "listed", first_item)
     check_shape(asked, "asked", (3 * len(users) + len(nodes),))
     check_shape(listed, "listed", tuple(candidates.shape))
     check_shape(table, "table", (len(table), content.shape[2]))
-    check_shape(design, "design", (len(design), len(mixed)))
     check_no_grad(l2, "l2")
     l2 = vector(l2, "l2", len(rows), accumulate_type(table.dtype))
     index = ("rows", rows), ("l2", l2), ("users", users), ("candidates", candidates), ("nodes", nodes)
@@ -128,7 +127,9 @@ def _check_table(graph: BipartiteGraph, table: Tensor, num_layers: int, rows: Te
     check_shape(table, "table", (graph.num_nodes, table.shape[1]))
     check_index(rows, "rows", (torch.int64,))
     if graph.device != table.device:
-        raise ValueError(f"graph: expected on {table.device} like table, got {graph.device}; use graph.to(table.device)")
+        raise ValueError(
+            f"graph: expected on {table.device} like table, got {graph.device}; use graph.to(table.device)"
+        )
     if num_layers < 0:
         raise ValueError(f"num_layers: expected >= 0, got {num_layers}")
     if gather is not None:

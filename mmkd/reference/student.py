@@ -28,7 +28,20 @@ def student(
     own = (propagate_mixed if mixed_layers else propagate)(rowptr, col, scale, table, num_layers, rows)
     state = prompt_state(prompt_weight, prompt_bias, mixed, len(content))
     loss, terms = distill_frozen(
-        own, num_users, users, candidates, nodes, content, design, ids, omega, state, asked, listed, first_item, *settings
+        own,
+        num_users,
+        users,
+        candidates,
+        nodes,
+        content,
+        design,
+        ids,
+        omega,
+        state,
+        asked,
+        listed,
+        first_item,
+        *settings,
     )
     squares = own.new_zeros(()) if l2 is None else 0.5 * (l2 * table[rows].square().sum(1)).sum()
     by = terms.new_tensor(settings[0])
