@@ -246,7 +246,11 @@ def test_a_profile_names_the_ops_and_changes_no_number(finished, dataset, tmp_pa
     config = quick(baselines=["popularity", "item-knn", "lightgcn"], profile=2, checkpoint_every=5)
     run = mmkd.train(config, out=tmp_path / "r", dataset=dataset)
     assert run.rows == finished.rows
-    for stage, op in (("student", "mmkd::distill_frozen"), ("teacher", "mmkd::spmm"), ("lightgcn", "mmkd::propagate")):
+    for stage, op in (
+        ("student", "mmkd::student, teacher and losses"),
+        ("teacher", "mmkd::spmm"),
+        ("lightgcn", "mmkd::propagate"),
+    ):
         text = (run.path / f"profile-{stage}.md").read_text()
         assert op in text and (
             "aten::" in text or " others |" in text

@@ -66,11 +66,6 @@ class RowGradient:
             )
         self.rows, self.grad, self.l2, self._ascend = rows, grad, l2, ascending
 
-    def fits(self, x: Tensor, compute: torch.dtype | None) -> bool:
-        """Whether a propagated `x` is still of the kind this was made for."""
-        gather = gathered_in(x, compute)
-        return self.gather == gather and (compute is None or gather is not None)
-
     def in_order(self) -> bool:
         """Whether the rows ascend, each once."""
         if self._ascend:
@@ -111,7 +106,9 @@ def propagated(
     """``propagate`` as the models train with it: in the type ``compute``, and into ``held`` where it is to hold the gradient."""
     transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     gather = gathered_in(x, compute)
-    if held is not None and held.fits(x, compute) and rows is not None and torch.is_grad_enabled() and not transformed:
+    # what `held` was made for may have changed since
+    holds = held is not None and held.gather == gather and (compute is None or gather is not None)
+    if holds and rows is not None and torch.is_grad_enabled() and not transformed:
         return _Hold.apply(x, held, rows)
     if gather is not None and torch.is_grad_enabled():
         return ops.propagate(graph, x, layers, rows=rows, gather=gather)

@@ -215,7 +215,9 @@ class StudentGradients:
         self, rows: Tensor, l2: Tensor | None, num_users: int, users: Tensor, candidates: Tensor, nodes: Tensor,
         asked: Tensor, listed: Tensor, need_prompt: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        """`[5]`, `[n, d]`, `[e-1, k]` and `[k]`; the last two empty where they are not needed."""
+        """`[5]`, `[n, d]`, `[e-1, k]` and `[k]`; the last two empty where they are not needed. listed: of all candidates."""
+        if not self.by[2]:  # a list of two for BPR and PairKD
+            candidates, listed = candidates[:, :2].contiguous(), listed[:, :0]
         with torch._C._AutoDispatchBelowAutograd():
             _, *made = self._op(
                 *self._graph, rows, self._mixed_layers, l2, num_users, users, candidates, nodes, *self._teacher, asked,

@@ -13,7 +13,7 @@ from mmkd.config import Config, StageConfig
 from mmkd.data import Dataset
 from mmkd.data.sampling import Sampler
 from mmkd.graph import BipartiteGraph, ItemRows
-from mmkd.models.lightgcn import LightGCN
+from mmkd.models.lightgcn import LightGCN, RowGradient, gathered_in
 from mmkd.models.teacher import Teacher
 from mmkd.ops.student import StudentGradients
 from mmkd.training.collapse import FrozenTeacher
@@ -219,6 +219,11 @@ class StudentBatch:
         return StudentBatch(self.nodes.to(device), self.candidates.to(device), self.asked.to(device))
 
 
+def _add(p: Tensor, grad: Tensor) -> None:
+    """To the gradient of a parameter, as a backward pass does."""
+    p.grad = grad if p.grad is None else p.grad + grad
+
+
 class StudentTask(_NodesTask):
     """`L = BPR + λ2 PairKD + λ3 ListKD + λ4 EmbKD + L2` (paper, Eq. 12) over the compact table of the batch's own rows.
 
@@ -289,35 +294,40 @@ class StudentTask(_NodesTask):
         return {**terms, "l2": add_l2(self.student, batch, self.settings.l2)}
 
     def _in_one_call(self) -> StudentGradients | None:
-        """What makes a step's gradients without autograd; None where the student does not hold them back for its optimizer, or
-        where teacher, table or student are of a kind that the kernel does not have."""
-        student, teacher = self.student, self.teacher
-        held, table = student.held, student.table
-        if held is None or type(student).forward is not LightGCN.forward or not held.fits(table, student.compute):
+        """What makes a step's gradients without autograd; None where teacher, table or student are of a kind that there is no
+        kernel for."""
+        student, teacher, table = self.student, self.teacher, self.student.table
+        gather = gathered_in(table, student.compute)
+        if type(student).forward is not LightGCN.forward or (student.compute is not None and gather is None):
             return None
         made = self._gradients
-        if made is None or made.table is not table or made.gather != held.gather:
-            kernel = backends.why_not("student", "cpp", table.device.type) is None
+        if made is None or made.table is not table or made.gather != gather:
+            kernel = backends.why_not("student", "cpp", table.device.type) is None and table.is_contiguous()
             if not kernel or teacher.norm != "mean" or not teacher.strength or table.dtype != teacher.content.dtype:
                 return None
             made = self._gradients = StudentGradients(
                 student.graph, table, student.layers, teacher.constants(teacher.mixed), teacher.prompt.weight,
-                teacher.prompt.bias, teacher.mixed, self.graph.num_users, gather=held.gather, **self._settings(),
+                teacher.prompt.bias, teacher.mixed, self.graph.num_users, gather=gather, **self._settings(),
             )  # fmt: skip
         return made
 
     def _all_at_once(self, gradients: StudentGradients, drawn: StudentBatch) -> dict[str, Tensor]:
         """:meth:`gradients` in one call."""
-        batch, prompt = drawn.nodes, (self.teacher.prompt.weight, self.teacher.prompt.bias)
-        learn = any(p.requires_grad for p in prompt)
+        batch, student, prompt = drawn.nodes, self.student, (self.teacher.prompt.weight, self.teacher.prompt.bias)
         terms, rows, *grads = gradients(
             batch.rows, drawn.l2, batch.num_users, batch.users, batch.candidates, batch.extra, drawn.asked,
-            drawn.candidates, learn,
+            drawn.candidates, self.learn_prompt,
         )  # fmt: skip
-        self.student.held.put(batch.rows, rows, drawn.l2, ascending=True)
-        for p, grad in zip(prompt, grads, strict=True):
-            if p.requires_grad:
-                p.grad = grad if p.grad is None else p.grad + grad
+        held = student.held
+        if held is not None and held.gather == gradients.gather:
+            held.put(batch.rows, rows, drawn.l2, ascending=True)
+        else:
+            written = RowGradient(student.graph, student.layers, gradients.gather)
+            written.put(batch.rows, rows, drawn.l2)
+            _add(student.table, written.dense(student.table))
+        if self.learn_prompt:
+            for p, grad in zip(prompt, grads, strict=True):
+                _add(p, grad)
         *losses, squares = terms.unbind()
         named = zip(TERMS, gradients.by, losses, strict=True)
         return {**{name: term for name, by, term in named if by}, "l2": squares}
