@@ -267,11 +267,12 @@ std::vector<uint8_t> neighbourhood(const Csr& m, const int64_t* rows, int64_t n)
   return flags;
 }
 
-std::vector<int64_t> flagged(const std::vector<uint8_t>& flags) {
-  std::vector<int64_t> list(flags.size());
+// Those of [begin, end).
+std::vector<int64_t> flagged(const std::vector<uint8_t>& flags, int64_t begin, int64_t end) {
+  std::vector<int64_t> list(end - begin);
   int64_t n = 0;
-  for (size_t v = 0; v < flags.size(); ++v) {
-    list[n] = static_cast<int64_t>(v);
+  for (int64_t v = begin; v < end; ++v) {
+    list[n] = v;
     n += flags[v];
   }
   list.resize(n);
@@ -288,6 +289,25 @@ int64_t entries_of(const Csr& m, const int64_t* rows, int64_t n) {
 // neighbours have about two thirds of the non-zeros (74 % with 0.9 at Netflix and Amazon-Book size, 63 % with 0.54 at
 // Electronics size), and rows in order take less time an entry than rows of a list.
 bool nearly_all(const Csr& m, const int64_t* rows, int64_t n) { return 4 * entries_of(m, rows, n) > 3 * m.num_rows; }
+
+// Rows of a layer, of each side of the graph; none: all of that side.
+struct Needed {
+  std::optional<std::vector<int64_t>> first, second;
+};
+
+// What the last layer gathers where it is computed for `rows`, of which the first `middle` lie before `split`, in a
+// graph of two sides. A side is computed as a whole where the rows have an entry or more for each of its nodes: that
+// needs most of it, and rows in order take less time an entry.
+Needed needed_of(const Csr& m, const int64_t* rows, int64_t n, int64_t middle, int64_t split) {
+  Needed needed;
+  if (entries_of(m, rows, middle) < m.num_rows - split) {
+    needed.second = flagged(neighbourhood(m, rows, middle), split, m.num_rows);
+  }
+  if (entries_of(m, rows + middle, n - middle) < split) {
+    needed.first = flagged(neighbourhood(m, rows + middle, n - middle), 0, split);
+  }
+  return needed;
+}
 
 Tensor identity_layers(const Tensor& x, const int64_t* rows, int64_t n) {
   if (!rows) return torch::stable::clone(x);
@@ -387,6 +407,30 @@ class Layers {
     return true;
   }
 
+  // The same for the rows of each side that are needed, where the sides are known.
+  bool next_of(SpmmArgs a, const Tensor& like, const Needed& needed) {
+    sides_ = true;
+    const char *first = at(false), *second = at(true);
+    if (given_) {
+      Tensor out = layer_out(a, m_.num_rows, like, false);
+      if (!some(a, false, second, needed.first) || !some(a, true, first, needed.second)) return false;
+      table_ = out;
+      given_ = false;
+      return true;
+    }
+    const int64_t size = second_is_small_ ? m_.num_rows - split_ : split_;
+    if (!spare_) spare_ = empty({size, table_.size(1)}, table_);
+    const auto& small_rows = second_is_small_ ? needed.second : needed.first;
+    const auto& large_rows = second_is_small_ ? needed.first : needed.second;
+    const char* small = at(second_is_small_);
+    a.out = at_place(second_is_small_, !apart_);
+    if (!some(a, second_is_small_, at(!second_is_small_), small_rows)) return false;
+    a.out = at(!second_is_small_);
+    if (!some(a, !second_is_small_, small, large_rows)) return false;
+    apart_ = !apart_;
+    return true;
+  }
+
   // The layer that `a` makes of h, of all nodes, in a table. Empty: as above.
   std::optional<Tensor> finish(SpmmArgs a, const Tensor& like) {
     if (apart_ && !a.add_f32) return next(a, like, nullptr) ? std::optional<Tensor>(table_) : std::nullopt;
@@ -398,7 +442,7 @@ class Layers {
   bool last(SpmmArgs a, int64_t n) {
     if (apart_ && a.rows && !std::is_partitioned(a.rows, a.rows + n, [&](int64_t r) { return r < split_; })) join();
     a.x = table_.const_data_ptr();
-    if (!apart_) {
+    if (!apart_ && !sides_) {
       run(m_, a, n);
       return true;
     }
@@ -427,6 +471,12 @@ class Layers {
     return begin == end || try_run(m_, a, begin, end, read_again) < 0;
   }
 
+  bool some(SpmmArgs a, bool second, const char* x, const std::optional<std::vector<int64_t>>& rows) const {
+    if (!rows) return side(a, second, x, m_.num_rows, true);
+    a.rows = rows->data();
+    return rows->empty() || side(a, second, x, static_cast<int64_t>(rows->size()), true);
+  }
+
   // The smaller side to where the larger one is.
   void join() {
     const int64_t bytes = row_bytes(), first = second_is_small_ ? split_ : 0;
@@ -441,6 +491,7 @@ class Layers {
   Tensor table_;                 // of all nodes
   std::optional<Tensor> spare_;  // of the smaller side
   bool given_, apart_ = false;   // apart: the smaller side is in spare_
+  bool sides_ = false;           // rows of h are missing if the graph has no such sides
 };
 
 // f(split), where the graph's second side may begin. If f finds by an empty result that the graph has no sides, or if
@@ -457,10 +508,15 @@ std::optional<Tensor> horner(const Graph& g, const Tensor& x, int64_t num_layers
                              bool mixed, int64_t split) {
   SpmmArgs a = layer_args(g, x, mixed);
   Layers h(g.m, mixed ? narrowed(x) : x, split, !mixed);
+  const auto before = [&](int64_t r) { return r < split; };
+  const bool by_side = wanted && split > 0 && std::is_partitioned(wanted, wanted + n, before);
   for (int64_t l = 1; l < num_layers; ++l) {
-    if (wanted && l == num_layers - 1 && !nearly_all(g.m, wanted, n)) {
+    if (by_side && l == num_layers - 1) {
+      const int64_t middle = std::partition_point(wanted, wanted + n, before) - wanted;
+      if (!h.next_of(a, x, needed_of(g.m, wanted, n, middle, split))) return std::nullopt;
+    } else if (wanted && l == num_layers - 1 && !nearly_all(g.m, wanted, n)) {
       // Only what the last layer will gather is computed.
-      const std::vector<int64_t> needed = flagged(neighbourhood(g.m, wanted, n));
+      const std::vector<int64_t> needed = flagged(neighbourhood(g.m, wanted, n), 0, g.m.num_rows);
       if (!h.next(a, x, &needed)) return std::nullopt;
     } else if (!h.next(a, x, nullptr)) {
       return std::nullopt;
@@ -487,7 +543,7 @@ Tensor propagate_as(const Tensor& rowptr, const Tensor& col, const Tensor& scale
   // An empty `rows` has a null pointer, which would read as "all rows" below.
   if (rows && n == 0) return empty({0, x.size(1)}, x);
   if (num_layers == 0) return identity_layers(x, wanted, n);
-  return *with_sides(g.m, num_layers > (mixed ? 1 : 2),
+  return *with_sides(g.m, num_layers > (wanted || mixed ? 1 : 2),
                      [&](int64_t split) { return horner(g, x, num_layers, wanted, n, mixed, split); });
 }
 
