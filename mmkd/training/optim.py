@@ -7,6 +7,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import profiler
+from torch.optim.optimizer import _global_optimizer_post_hooks as _global_post_hooks
+from torch.optim.optimizer import _global_optimizer_pre_hooks as _global_pre_hooks
 
 from mmkd.models.lightgcn import RowGradient
 
@@ -65,6 +68,18 @@ class PropagatedAdamW(torch.optim.AdamW):
         """One step."""
         if closure is not None:
             raise ValueError("closure: expected None; call backward() before step()")
+        if self._watched():
+            return _watched_step(self)
+        return self._step()
+
+    step.hooked = True  # type: ignore[attr-defined]  # torch wraps steps that are not; that takes as long as one of small tensors
+
+    def _watched(self) -> bool:
+        """Whether hooks or a profiler are to see the step."""
+        own = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
+        return bool(own or _global_pre_hooks or _global_post_hooks or profiler._is_profiler_enabled)
+
+    def _step(self) -> None:
         held = self.held
         if held is not None and held.grad is not None:
             own = self._table_group()
@@ -75,8 +90,9 @@ class PropagatedAdamW(torch.optim.AdamW):
                 others = [group for group in self.param_groups if group is not own or len(own["params"]) > 1]
                 if all(map(self._plain, others)):
                     self._step_others(others)
-                    return None
-        return super().step()
+                    return
+        torchs: Any = torch.optim.AdamW.step
+        (torchs.__wrapped__ if getattr(torchs, "hooked", False) else torchs)(self)  # hooks have run
 
     def _table_group(self) -> dict[str, Any]:
         """The group that has the table."""
@@ -143,3 +159,6 @@ class PropagatedAdamW(torch.optim.AdamW):
             state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
         return state
+
+
+_watched_step = torch.optim.Optimizer.profile_hook_step(PropagatedAdamW._step)

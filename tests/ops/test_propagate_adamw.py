@@ -9,6 +9,7 @@ import pickle
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from mmkd import ops, reference
 from mmkd.models.lightgcn import LightGCN
@@ -305,3 +306,28 @@ def test_opcheck():
         torch.ops.mmkd.propagate_adamw.default,
         (g.rowptr, g.col, g.scale, grad, 2, rows, l2, *tables, 1e-2, 0.9, 0.999, 1e-8, 0.0, 1),
     )
+
+
+@pytest.mark.parametrize("torchs", [False, True], ids=["ours", "torch's step"])
+def test_hooks_see_a_step_once(torchs):
+    g = make_graph()
+    torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))])  # from the first one on torch's own step calls hooks
+    model = LightGCN(g, torch.ones(g.num_nodes, 16), 2)
+    optimizer = PropagatedAdamW(model, [{"params": [model.table], "maximize": torchs}], 1e-2)
+    seen = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("after"))
+    everywhere = register_optimizer_step_post_hook(lambda *_: seen.append("everywhere"))
+    try:
+        for step in (1, 2):
+            model(torch.tensor([3, 9, 40])).square().sum().backward()
+            before = model.table.detach().clone()
+            optimizer.step()
+            optimizer.zero_grad()
+            assert seen == ["before", "after", "everywhere"] * step and not torch.equal(model.table, before)
+    finally:
+        everywhere.remove()
+    with torch.profiler.profile() as profile:
+        model(torch.tensor([3, 9, 40])).square().sum().backward()
+        optimizer.step()
+    assert any("Optimizer.step#" in event.key for event in profile.key_averages())
