@@ -281,9 +281,11 @@ class StudentTask(_NodesTask):
         return not len(batch.nodes.shared)
 
     def gradients(self, drawn: StudentBatch) -> dict[str, Tensor]:
-        batch, at_once = drawn.nodes, None if len(drawn.nodes.shared) else self._in_one_call()
-        if at_once is not None:
-            return self._all_at_once(at_once, drawn)
+        made = None if len(drawn.nodes.shared) else self._in_one_call()
+        return self._by_autograd(drawn) if made is None else self._all_at_once(made, drawn)
+
+    def _by_autograd(self, drawn: StudentBatch) -> dict[str, Tensor]:
+        batch = drawn.nodes
         table = self.student(batch.rows)  # [n, d]
         loss, terms = self._distill(drawn, table)
         if len(batch.shared):
