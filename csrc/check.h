@@ -51,6 +51,14 @@ inline void check_type(const Tensor& t, const char* name, ScalarType type) {
              torch::headeronly::toString(t.scalar_type()));
 }
 
+inline void check_shape(const Tensor& t, const char* name, std::initializer_list<int64_t> shape, ScalarType type) {
+  check_dim(t, name, static_cast<int64_t>(shape.size()));
+  check_type(t, name, type);
+  int64_t axis = 0;
+  for (const int64_t size : shape) check_size(t, name, axis++, size);
+  MMKD_CHECK(t.is_contiguous(), name, ": expected a contiguous tensor");
+}
+
 inline bool is_float(ScalarType t) {
   return t == ScalarType::Float || t == ScalarType::Double || t == ScalarType::BFloat16 || t == ScalarType::Half;
 }

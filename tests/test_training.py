@@ -418,3 +418,75 @@ def test_losses_read_for_many_steps_at_once_are_the_same(bad, dataset, tmp_path,
     assert len(one) == len(four) == 2
     for a, b in zip(one, four, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-6) and a["l2"] == pytest.approx(b["l2"], rel=1e-6)
+
+
+@pytest.fixture
+def student_task(dataset):
+    """A student's stage at its beginning, of two modalities and a prompt that learns."""
+    from mmkd.models.features import FeatureTable
+    from mmkd.models.prompt import Prompt, prompt_basis
+    from mmkd.models.teacher import Teacher
+    from mmkd.training.collapse import FrozenTeacher
+    from mmkd.training.tasks import StudentTask
+
+    config, graph, generator = quick(dim=16), BipartiteGraph.from_scipy(dataset.train), torch.Generator().manual_seed(0)
+    tables = [FeatureTable(name, values, config.teacher.features) for name, values in dataset.features.items()]
+    prompt = Prompt(prompt_basis(tables, 16), generator)
+    teacher = Teacher(graph, tables, prompt, layers=2, strength=config.prompt.strength, generator=generator)
+    frozen = FrozenTeacher(teacher)
+    weights = torch.full((len(tables),), 1 / len(tables))
+    return StudentTask(LightGCN(graph, torch.cat(teacher.tables()), 2), frozen, config, dataset, graph, weights)
+
+
+def _step_of(task, by):
+    """Terms and gradients of a step; None where there is no gradient."""
+    optimizer = task.optimizer()
+    optimizer.zero_grad()
+    terms = by(task.batch(0, 0))
+    optimizer.materialize()
+    leaves = task.student.table, *task.teacher.prompt.parameters()
+    return terms, [None if p.grad is None else p.grad.clone() for p in leaves]
+
+
+CHANGES = {
+    "nothing": lambda task: None,
+    "another prompt": lambda task: setattr(
+        task.teacher.prompt, "weight", torch.nn.Parameter(0.5 * task.teacher.prompt.weight.detach())
+    ),
+    "other weights": lambda task: setattr(task, "modality_weights", torch.tensor([0.9, 0.1])),
+    "other settings": lambda task: setattr(
+        task, "distill", task.distill.model_copy(update={"list_tau": 0.5, "emb_gamma": 1.0})
+    ),
+    "three layers": lambda task: setattr(task.student, "layers", 3),
+    "a frozen prompt": lambda task: task.teacher.prompt.requires_grad_(False),
+    "half a frozen prompt": lambda task: task.teacher.prompt.bias.requires_grad_(False),
+    "float64": lambda task: (task.model.double(), task.teacher.double()),
+    "a float64 student": lambda task: task.student.double(),
+    "a hooked call": lambda task: task.student.register_forward_hook(lambda module, given, out: 2 * out),
+    "a hooked gradient": lambda task: task.teacher.prompt.weight.register_hook(lambda grad: 0 * grad),
+    "another forward": lambda task: setattr(task.student, "forward", lambda rows: 2 * task.student.table[rows]),
+    "batches filled up": lambda task: setattr(task, "multiple", 64),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_students_step_in_one_call_is_the_one_by_autograd(student_task, change):
+    task = student_task
+    before = _step_of(task, task.gradients)
+    assert task._gradients is not None, "the step went by autograd"
+    CHANGES[change](task)
+    ours, theirs = _step_of(task, task.gradients), _step_of(task, task._by_autograd)
+    assert list(ours[0]) == list(theirs[0])
+    for mine, other in (*zip(ours[0].values(), theirs[0].values(), strict=True), *zip(ours[1], theirs[1], strict=True)):
+        assert (mine is None) == (other is None)
+        if mine is not None:
+            torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
+    if change not in ("nothing", "batches filled up"):
+        same = all(
+            (a is None) == (b is None) and (a is None or (a.dtype == b.dtype and torch.equal(a, b)))
+            for a, b in zip(ours[1], before[1], strict=True)
+        )
+        assert not same, "the change was not seen"
+    optimizer = task.optimizer()
+    task.gradients(task.batch(0, 1))
+    optimizer.step()

@@ -4,14 +4,6 @@
 namespace mmkd {
 namespace {
 
-void check_table(const Tensor& t, const char* name, std::initializer_list<int64_t> shape, ScalarType type) {
-  check_dim(t, name, static_cast<int64_t>(shape.size()));
-  check_type(t, name, type);
-  int64_t axis = 0;
-  for (const int64_t size : shape) check_size(t, name, axis++, size);
-  MMKD_CHECK(t.is_contiguous(), name, ": expected a contiguous tensor");
-}
-
 int64_t chunks_of(int64_t n) { return (n + kFrozenChunk - 1) / kFrozenChunk; }
 
 template <class A>
@@ -55,11 +47,11 @@ FrozenArgs frozen_args(const Tensor& content, const Tensor& design, const Tensor
   a.batch = candidates.size(0);
   a.list = candidates.size(1);
   a.first_item = first_item;
-  check_table(content, "content", {a.modalities, a.num_nodes, a.d}, type);
-  check_table(design, "design", {a.num_nodes, a.e}, type);
-  check_table(ids, "ids", {a.num_nodes, a.d}, type);
-  check_table(omega, "omega", {a.modalities}, type);
-  check_table(state, "state", {a.modalities, a.e, a.d}, type);
+  check_shape(content, "content", {a.modalities, a.num_nodes, a.d}, type);
+  check_shape(design, "design", {a.num_nodes, a.e}, type);
+  check_shape(ids, "ids", {a.num_nodes, a.d}, type);
+  check_shape(omega, "omega", {a.modalities}, type);
+  check_shape(state, "state", {a.modalities, a.e, a.d}, type);
   MMKD_CHECK(first_item >= 0 && first_item <= a.num_nodes, "first_item: expected [0, ", a.num_nodes, "], got ",
              first_item);
   check_index(nodes, nodes_name, 1, nodes.numel());
@@ -137,7 +129,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> frozen_teacher(Tensor content, Tensor
 // Null where the gradient is not given: an empty tensor, or nothing to give one for.
 const void* grad_of(const OptTensor& grad, const char* name, std::initializer_list<int64_t> shape, ScalarType type) {
   if (!grad) return nullptr;
-  check_table(*grad, name, shape, type);
+  check_shape(*grad, name, shape, type);
   return grad->numel() ? grad->const_data_ptr() : nullptr;
 }
 
@@ -146,7 +138,7 @@ Tensor frozen_teacher_backward(OptTensor grad_margin, OptTensor grad_logits, Opt
                                Tensor heads, int64_t first_item) {
   FrozenArgs a = args_of(content, design, ids, omega, state, nodes, candidates, first_item);
   const ScalarType type = content.scalar_type();
-  check_table(heads, "heads", {a.modalities, 3 * a.batch, a.d}, type);
+  check_shape(heads, "heads", {a.modalities, 3 * a.batch, a.d}, type);
   a.heads = heads.mutable_data_ptr();
   a.grad_margin = grad_of(grad_margin, "grad_margin", {a.batch}, type);
   a.grad_logits = grad_of(grad_logits, "grad_logits", {a.modalities, a.batch, a.list}, type);

@@ -366,7 +366,7 @@ int64_t split_of(const Csr& m) {
       lo = row + 1;
     }
   }
-  return lo;
+  return lo == m.num_rows ? 0 : lo;
 }
 
 // Layers h of propagation, one after the other. A side of the next one is made from the other side of this one, so the
@@ -376,11 +376,7 @@ class Layers {
  public:
   // given: the table is somebody else's. split: where the second side begins; 0: not known.
   Layers(const Csr& m, const Tensor& table, int64_t split, bool given)
-      : m_(m),
-        split_(split == m.num_rows ? 0 : split),
-        second_is_small_(2 * split > m.num_rows),
-        table_(table),
-        given_(given) {}
+      : m_(m), split_(split), second_is_small_(2 * split > m.num_rows), table_(table), given_(given) {}
 
   // h <- what `a` makes of it, for all nodes, or for those of an ascending list: then the others are not to be read.
   // like: as in layer_out. False: a row of one side has a neighbour on it, and h is lost.
@@ -396,15 +392,7 @@ class Layers {
       given_ = false;
       return true;
     }
-    const int64_t size = second_is_small_ ? m_.num_rows - split_ : split_;
-    if (!spare_) spare_ = empty({size, table_.size(1)}, table_);
-    const char* small = at(second_is_small_);
-    a.out = at_place(second_is_small_, !apart_);
-    if (!side(a, second_is_small_, at(!second_is_small_), n, true)) return false;
-    a.out = at(!second_is_small_);
-    if (!side(a, !second_is_small_, small, n, true)) return false;
-    apart_ = !apart_;
-    return true;
+    return by_side(a, [&](const SpmmArgs& b, bool second, const char* x) { return side(b, second, x, n, true); });
   }
 
   // The same for the rows of each side that are needed, where the sides are known.
@@ -418,17 +406,9 @@ class Layers {
       given_ = false;
       return true;
     }
-    const int64_t size = second_is_small_ ? m_.num_rows - split_ : split_;
-    if (!spare_) spare_ = empty({size, table_.size(1)}, table_);
-    const auto& small_rows = second_is_small_ ? needed.second : needed.first;
-    const auto& large_rows = second_is_small_ ? needed.first : needed.second;
-    const char* small = at(second_is_small_);
-    a.out = at_place(second_is_small_, !apart_);
-    if (!some(a, second_is_small_, at(!second_is_small_), small_rows)) return false;
-    a.out = at(!second_is_small_);
-    if (!some(a, !second_is_small_, small, large_rows)) return false;
-    apart_ = !apart_;
-    return true;
+    return by_side(a, [&](const SpmmArgs& b, bool second, const char* x) {
+      return some(b, second, x, second ? needed.second : needed.first);
+    });
   }
 
   // The layer that `a` makes of h, of all nodes, in a table. Empty: as above.
@@ -471,6 +451,21 @@ class Layers {
     return begin == end || try_run(m_, a, begin, end, read_again) < 0;
   }
 
+  // make(a, second, x) writes a side of the next layer where `a` says, from the other side's rows at x.
+  template <class Make>
+  bool by_side(SpmmArgs a, const Make& make) {
+    const int64_t size = second_is_small_ ? m_.num_rows - split_ : split_;
+    if (!spare_) spare_ = empty({size, table_.size(1)}, table_);
+    const char* small = at(second_is_small_);
+    a.out = at_place(second_is_small_, !apart_);
+    if (!make(a, second_is_small_, at(!second_is_small_))) return false;
+    a.out = at(!second_is_small_);
+    if (!make(a, !second_is_small_, small)) return false;
+    apart_ = !apart_;
+    return true;
+  }
+
+  // The rows of one side that are needed.
   bool some(SpmmArgs a, bool second, const char* x, const std::optional<std::vector<int64_t>>& rows) const {
     if (!rows) return side(a, second, x, m_.num_rows, true);
     a.rows = rows->data();
@@ -533,10 +528,10 @@ std::optional<Tensor> horner(const Graph& g, const Tensor& x, int64_t num_layers
 }  // namespace
 
 Tensor propagate_as(const Tensor& rowptr, const Tensor& col, const Tensor& scale, const Tensor& x, int64_t num_layers,
-                    const OptTensor& rows, bool mixed) {
-  check_table(x, "x");
+                    const OptTensor& rows, bool mixed, const char* name) {
+  check_table(x, name);
   const Graph g = graph_of(rowptr, col, scale, x.scalar_type());
-  check_size(x, "x", 0, g.m.num_rows);
+  check_size(x, name, 0, g.m.num_rows);
   MMKD_CHECK(num_layers >= 0, "num_layers: expected >= 0, got ", num_layers);
   const int64_t n = rows ? rows->numel() : g.m.num_rows;
   const int64_t* wanted = rows ? rows_of(*rows, g.m.num_rows) : nullptr;

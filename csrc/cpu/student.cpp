@@ -15,14 +15,6 @@ namespace {
 constexpr int64_t kStateRows = 8;  // to a piece of the prompt's products
 constexpr int64_t kSquares = 256;  // rows to a piece of the L2 term
 
-void check_matrix(const Tensor& t, const char* name, std::initializer_list<int64_t> shape, ScalarType type) {
-  check_dim(t, name, static_cast<int64_t>(shape.size()));
-  check_type(t, name, type);
-  int64_t axis = 0;
-  for (const int64_t size : shape) check_size(t, name, axis++, size);
-  MMKD_CHECK(t.is_contiguous(), name, ": expected a contiguous tensor");
-}
-
 // out[c][r] = in[r][c] for a block [rows, columns] whose rows are `ld` apart, zeros behind `rows` up to `padded`.
 template <class T>
 void transpose(const T* in, int64_t rows, int64_t columns, int64_t ld, T* out, int64_t padded) {
@@ -133,14 +125,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> student(
   check_dim(content, "content", 3);
   check_dim(prompt_weight, "prompt_weight", 2);
   const int64_t e = prompt_weight.size(0) + 1, modalities = content.size(0), d = content.size(2);
-  check_matrix(prompt_weight, "prompt_weight", {e - 1, prompt_weight.size(1)}, type);
-  check_matrix(prompt_bias, "prompt_bias", {prompt_weight.size(1)}, type);
-  check_matrix(mixed, "mixed", {e, modalities * d}, type);
-  if (l2) check_matrix(*l2, "l2", {rows.numel()}, type);
+  MMKD_CHECK(modalities >= 1, "content: expected at least one modality, got shape ", shape_of(content));
+  check_dim(table, "table", 2);
+  check_size(content, "content", 2, table.size(1));
+  check_dim(design, "design", 2);
+  check_size(design, "design", 1, e);
+  check_shape(prompt_weight, "prompt_weight", {e - 1, prompt_weight.size(1)}, type);
+  check_shape(prompt_bias, "prompt_bias", {prompt_weight.size(1)}, type);
+  check_shape(mixed, "mixed", {e, modalities * d}, type);
+  if (l2) check_shape(*l2, "l2", {rows.numel()}, type);
 
   const Tensor own = [&] {
     const Range range("mmkd::student, propagation");
-    return propagate_as(rowptr, col, scale, table, num_layers, rows, mixed_layers);  // has checked `rows`
+    return propagate_as(rowptr, col, scale, table, num_layers, rows, mixed_layers, "table");  // has checked `rows`
   }();
   const double squares = l2 ? l2_term(table, rows, *l2) : 0.0;
   const double by[] = {bpr, pair, list, emb};

@@ -22,6 +22,8 @@ from mmkd.ops.bpr_kd import KINDS, bpr_loss, bpr_pair_kd_loss
 from mmkd.ops.emb_kd import emb_kd_loss
 from mmkd.ops.list_kd import WEIGHTS, list_kd_loss
 
+SETTINGS = ("pair_tau", "pair_kind", "alpha", "beta", "list_tau", "list_weight", "gamma")  # in the reference's order
+
 
 def distill_loss(
     table: Tensor, num_users: int, users: Tensor, candidates: Tensor, teacher_margin: Tensor | None = None,

@@ -9,6 +9,7 @@ from mmkd import backends, reference
 from mmkd.ops._checks import check_index, check_same_device, check_shape, dense
 from mmkd.ops._registry import call, differentiable_loss, on_register
 from mmkd.ops.distill import (
+    SETTINGS,
     check_batch,
     checked_settings,
     checked_weights,
@@ -103,10 +104,9 @@ def composed(student, teacher, by, settings, list_modalities, emb_modalities) ->
     """The same from the two ops: any device, a table of any dtype."""
     table, num_users, users, candidates, nodes = student
     margin, logits, targets = frozen_teacher(*teacher)
-    names = "pair_tau", "pair_kind", "alpha", "beta", "list_tau", "list_weight", "gamma"
     loss, terms = distill_loss(
         table, num_users, users, candidates, margin, logits, nodes, targets.to(table.dtype), weights=by,
-        list_modalities=list_modalities, emb_modalities=emb_modalities, **dict(zip(names, settings, strict=True)),
+        list_modalities=list_modalities, emb_modalities=emb_modalities, **dict(zip(SETTINGS, settings, strict=True)),
     )  # fmt: skip
     if not any(by[1:]):
         loss = loss + teacher[4][:0].sum(dtype=loss.dtype)  # of the state too, though nothing is asked of it

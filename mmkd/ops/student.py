@@ -19,7 +19,7 @@ from mmkd.ops._checks import (
     vector,
 )
 from mmkd.ops._registry import call, differentiable, on_register
-from mmkd.ops.distill import check_lists, checked_settings, checked_weights, modalities_of, schema_settings
+from mmkd.ops.distill import SETTINGS, check_lists, checked_settings, checked_weights, modalities_of, schema_settings
 from mmkd.ops.distill_frozen import checked_nodes, distill_frozen_loss
 from mmkd.ops.frozen_teacher import check_constants
 from mmkd.ops.spmm import check_gather, propagate
@@ -48,7 +48,10 @@ class _State(torch.autograd.Function):
 
 
 def prompt_state(stacked: Tensor, mixed: Tensor, modalities: int) -> Tensor:
-    """``V V^T S^m`` from ``V [e, k]`` and the ``S^m`` side by side, ``[e, M d]``; ``[M, e, d]``. Any device."""
+    """``V V^T S^m`` from ``V [e, k]`` and the ``S^m`` side by side, ``[e, M d]``; ``[M, e, d]``, of their dtype. Any device."""
+    if torch.is_autocast_enabled(mixed.device.type):
+        with torch.autocast(mixed.device.type, enabled=False):
+            return prompt_state(stacked, mixed, modalities)
     transformed = torch._C._are_functorch_transforms_active()  # they take no Function of this, quicker, kind
     return (_state if transformed else _State.apply)(stacked, mixed, modalities)
 
@@ -99,8 +102,8 @@ def student_loss(
     check_shape(asked, "asked", (3 * len(users) + len(nodes),))
     check_shape(listed, "listed", tuple(candidates.shape))
     check_shape(table, "table", (len(table), content.shape[2]))
-    check_no_grad(l2, "l2")
     l2 = vector(l2, "l2", len(rows), accumulate_type(table.dtype))
+    check_no_grad(l2, "l2")
     index = ("rows", rows), ("l2", l2), ("users", users), ("candidates", candidates), ("nodes", nodes)
     check_same_device(("table", table), *index, ("content", content), ("mixed", mixed))
     if not by[2]:
@@ -130,8 +133,8 @@ def _check_table(graph: BipartiteGraph, table: Tensor, num_layers: int, rows: Te
         raise ValueError(
             f"graph: expected on {table.device} like table, got {graph.device}; use graph.to(table.device)"
         )
-    if num_layers < 0:
-        raise ValueError(f"num_layers: expected >= 0, got {num_layers}")
+    if not hasattr(num_layers, "__index__") or num_layers < 0:
+        raise ValueError(f"num_layers: expected an int >= 0, got {num_layers!r}")
     if gather is not None:
         check_gather(gather, table, "table")
 
@@ -139,6 +142,8 @@ def _check_table(graph: BipartiteGraph, table: Tensor, num_layers: int, rows: Te
 def _check_prompt(weight: Tensor, bias: Tensor, mixed: Tensor, content: Tensor) -> None:
     check_floating(content, "content")
     check_rank(content, "content", 3)
+    if not len(content):
+        raise ValueError(f"content: expected at least one modality, got shape {tuple(content.shape)}")
     check_floating(weight, "prompt_weight", content.dtype)
     check_rank(weight, "prompt_weight", 2)
     check_floating(bias, "prompt_bias", content.dtype)
@@ -169,13 +174,12 @@ def composed(own, batch, teacher, by, settings, list_modalities, emb_modalities)
     content, design, ids, omega, weight, bias, mixed, *asked = teacher
     num_users, users, candidates, nodes = batch
     state = prompt_state(torch.cat([weight, bias[None]]), mixed, len(content))
-    names = "pair_tau", "pair_kind", "alpha", "beta", "list_tau", "list_weight", "gamma"
     kinds = {"list_modalities": list_modalities, "emb_modalities": emb_modalities}
     if not by[2]:
         asked[1] = candidates[:, :2]  # of the candidates' shape; not looked at
     loss, terms = distill_frozen_loss(
         propagate(graph, table, num_layers, rows, gather=gather), num_users, users, candidates, nodes, content, design,
-        ids, omega, state, *asked, weights=by, **dict(zip(names, settings, strict=True)), **kinds,
+        ids, omega, state, *asked, weights=by, **dict(zip(SETTINGS, settings, strict=True)), **kinds,
     )  # fmt: skip
     squares = loss.new_zeros(())
     if l2 is not None:
@@ -209,7 +213,6 @@ class StudentGradients:
         self._teacher = *constants, prompt_weight, prompt_bias, mixed
         heads = modalities_of(content, table, list_modalities, emb_modalities)
         self._settings = first_item, *heads, *self.by, *schema_settings(*settings), True
-        self._op = torch.ops.mmkd.student.default
 
     def __call__(
         self, rows: Tensor, l2: Tensor | None, num_users: int, users: Tensor, candidates: Tensor, nodes: Tensor,
@@ -219,7 +222,7 @@ class StudentGradients:
         if not self.by[2]:  # a list of two for BPR and PairKD
             candidates, listed = candidates[:, :2].contiguous(), listed[:, :0]
         with torch._C._AutoDispatchBelowAutograd():
-            _, *made = self._op(
+            _, *made = torch.ops.mmkd.student.default(
                 *self._graph, rows, self._mixed_layers, l2, num_users, users, candidates, nodes, *self._teacher, asked,
                 listed, *self._settings, need_prompt,
             )  # fmt: skip

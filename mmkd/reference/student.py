@@ -9,9 +9,8 @@ from mmkd.reference.distill_frozen import distill_frozen
 from mmkd.reference.spmm import propagate, propagate_mixed
 
 
-def prompt_state(weight: Tensor, bias: Tensor, mixed: Tensor, modalities: int) -> Tensor:
-    """`Z^m = V V^T S^m`, `[M, e, d]`, with `V = [W_P; b_P^T]` and `mixed` the `S^m` side by side."""
-    stacked = torch.cat([weight, bias[None]])  # [e, k]
+def prompt_state(stacked: Tensor, mixed: Tensor, modalities: int) -> Tensor:
+    """`Z^m = V V^T S^m`, `[M, e, d]`, from `V = [W_P; b_P^T]`, `[e, k]`, and the `S^m` side by side, `[e, M d]`."""
     return torch.stack([stacked @ stacked.T @ part for part in mixed.chunk(modalities, 1)])
 
 
@@ -26,7 +25,7 @@ def student(
     settings: as `distill_frozen` takes them, the four weights first.
     """
     own = (propagate_mixed if mixed_layers else propagate)(rowptr, col, scale, table, num_layers, rows)
-    state = prompt_state(prompt_weight, prompt_bias, mixed, len(content))
+    state = prompt_state(torch.cat([prompt_weight, prompt_bias[None]]), mixed, len(content))
     loss, terms = distill_frozen(
         own,
         num_users,

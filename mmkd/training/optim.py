@@ -12,6 +12,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks as _global_post_h
 from torch.optim.optimizer import _global_optimizer_pre_hooks as _global_pre_hooks
 
 from mmkd.models.lightgcn import RowGradient
+from mmkd.ops._checks import check_no_grad
 
 
 class Propagated(Protocol):
@@ -122,12 +123,15 @@ class PropagatedAdamW(torch.optim.AdamW):
         return True
 
     def _step_table(self, held: RowGradient, group: dict[str, Any]) -> None:
-        """By the kernel itself, which checks what the door does."""
-        state, table, graph = self._state(self.table), self.table, held.graph
+        """By the kernel itself, which checks again what the door checks."""
+        state, table, graph, l2 = self._state(self.table), self.table, held.graph, held.l2
+        if l2 is not None:
+            check_no_grad(l2, "l2")
+            l2 = l2.to(table.dtype).contiguous()
         beta1, beta2 = group["betas"]
         with torch._C._AutoDispatchBelowAutograd():
             torch.ops.mmkd.propagate_adamw.default(
-                graph.rowptr, graph.col, graph.scale_as(table.dtype), held.grad.contiguous(), held.layers, held.rows, held.l2,
+                graph.rowptr, graph.col, graph.scale_as(table.dtype), held.grad.contiguous(), held.layers, held.rows.contiguous(), l2,
                 table, state["exp_avg"], state["exp_avg_sq"], float(group["lr"]), beta1, beta2, group["eps"],
                 group["weight_decay"], int(state["step"]) + 1, held.gather is not None,
             )  # fmt: skip

@@ -399,7 +399,8 @@ class Stage:
             for name, number in terms.items():
                 if not math.isfinite(number):
                     optimizer.zero_grad(set_to_none=True)
-                    where = origin(self.task.model, lambda step=step: self.task.step(epoch, step))
+                    again = getattr(self.task, "in_parts", self.task.step)
+                    where = origin(self.task.model, lambda step=step, again=again: again(epoch, step))
                     raise TrainingError(
                         f"stage {self.task.name}, epoch {epoch + 1}, step {step + 1}: the term '{name}' is {number}, "
                         f"{where}; {self._way_out()}"

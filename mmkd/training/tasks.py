@@ -224,6 +224,18 @@ def _add(p: Tensor, grad: Tensor) -> None:
     p.grad = grad if p.grad is None else p.grad + grad
 
 
+def _plain(student: torch.nn.Module, prompt: torch.nn.Module) -> bool:
+    """Whether a student is a LightGCN that nobody watches, so that its gradients need not go by autograd."""
+    kind, own = type(student), vars(student)
+    if getattr(kind, "forward", None) is not LightGCN.forward or kind.__call__ is not torch.nn.Module.__call__:
+        return False
+    if "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"]:
+        return False
+    table = student.table
+    watched = (p._backward_hooks or p._post_accumulate_grad_hooks for p in (table, prompt.weight, prompt.bias))
+    return table.is_leaf and table.requires_grad and not any(watched)
+
+
 class StudentTask(_NodesTask):
     """`L = BPR + λ2 PairKD + λ3 ListKD + λ4 EmbKD + L2` (paper, Eq. 12) over the compact table of the batch's own rows.
 
@@ -244,6 +256,7 @@ class StudentTask(_NodesTask):
         self.lambdas = torch.tensor([1.0, *by], device=student.table.device)  # of BPR, PairKD, ListKD, EmbKD
         self.model = _StudentParameters(student, teacher.prompt)
         self._gradients: StudentGradients | None = None
+        self._made_of: tuple | None = None
         self.learn_prompt = config.prompt.lr > 0 and config.prompt.strength > 0
         for parameter in teacher.prompt.parameters():
             parameter.requires_grad_(self.learn_prompt)
@@ -284,6 +297,9 @@ class StudentTask(_NodesTask):
         made = None if len(drawn.nodes.shared) else self._in_one_call()
         return self._by_autograd(drawn) if made is None else self._all_at_once(made, drawn)
 
+    def in_parts(self, epoch: int, step: int) -> dict[str, Tensor]:
+        return self._by_autograd(self.batch(epoch, step).to(self.graph.device))
+
     def _by_autograd(self, drawn: StudentBatch) -> dict[str, Tensor]:
         batch = drawn.nodes
         table = self.student(batch.rows)  # [n, d]
@@ -297,38 +313,48 @@ class StudentTask(_NodesTask):
 
     def _in_one_call(self) -> StudentGradients | None:
         """What makes a step's gradients without autograd; None where teacher, table or student are of a kind that there is no
-        kernel for."""
+        kernel for, or where somebody is to see the student's call or its gradients."""
+        student, teacher, prompt = self.student, self.teacher, self.teacher.prompt
+        if teacher.norm != "mean" or not teacher.strength or not _plain(student, prompt):
+            return None
+        table, parts = (
+            student.table,
+            (prompt.weight, prompt.bias, teacher.content, teacher.mixed, self.modality_weights),
+        )
+        made_of = table, table.dtype, student.compute, student.layers, self.emb_modalities, self.distill, *parts
+        if self._made_of is None or any(a is not b for a, b in zip(made_of, self._made_of, strict=True)):
+            self._made_of, self._gradients = made_of, self._fresh()
+        return self._gradients
+
+    def _fresh(self) -> StudentGradients | None:
         student, teacher, table = self.student, self.teacher, self.student.table
         gather = gathered_in(table, student.compute)
-        if type(student).forward is not LightGCN.forward or (student.compute is not None and gather is None):
+        kernel = backends.why_not("student", "cpp", table.device.type) is None and table.is_contiguous()
+        rounded = student.compute is not None and gather is None  # the table is, not what is gathered
+        if not kernel or rounded or table.dtype != teacher.content.dtype:
             return None
-        made = self._gradients
-        if made is None or made.table is not table or made.gather != gather:
-            kernel = backends.why_not("student", "cpp", table.device.type) is None and table.is_contiguous()
-            if not kernel or teacher.norm != "mean" or not teacher.strength or table.dtype != teacher.content.dtype:
-                return None
-            made = self._gradients = StudentGradients(
-                student.graph, table, student.layers, teacher.constants(teacher.mixed), teacher.prompt.weight,
-                teacher.prompt.bias, teacher.mixed, self.graph.num_users, gather=gather, **self._settings(),
-            )  # fmt: skip
-        return made
+        return StudentGradients(
+            student.graph, table, student.layers, teacher.constants(teacher.mixed), teacher.prompt.weight,
+            teacher.prompt.bias, teacher.mixed, self.graph.num_users, gather=gather, **self._settings(),
+        )  # fmt: skip
 
     def _all_at_once(self, gradients: StudentGradients, drawn: StudentBatch) -> dict[str, Tensor]:
         """:meth:`gradients` in one call."""
         batch, student, prompt = drawn.nodes, self.student, (self.teacher.prompt.weight, self.teacher.prompt.bias)
+        learn = [p.requires_grad for p in prompt]
         terms, rows, *grads = gradients(
             batch.rows, drawn.l2, batch.num_users, batch.users, batch.candidates, batch.extra, drawn.asked,
-            drawn.candidates, self.learn_prompt,
+            drawn.candidates, any(learn),
         )  # fmt: skip
         held = student.held
         if held is not None and held.gather == gradients.gather:
-            held.put(batch.rows, rows, drawn.l2, ascending=True)
+            held.put(batch.rows, rows, drawn.l2, ascending=self.multiple == 1)
         else:
             written = RowGradient(student.graph, student.layers, gradients.gather)
             written.put(batch.rows, rows, drawn.l2)
             _add(student.table, written.dense(student.table))
-        if self.learn_prompt:
-            for p, grad in zip(prompt, grads, strict=True):
+        for p, grad, wanted in zip(prompt, grads, learn, strict=True):
+            if wanted:
                 _add(p, grad)
         *losses, squares = terms.unbind()
         named = zip(TERMS, gradients.by, losses, strict=True)

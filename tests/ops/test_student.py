@@ -306,7 +306,7 @@ def test_errors_name_the_argument():
     cases = [
         (ValueError, r"table: expected shape \(71, 24\)", {"table": case.table[1:]}),
         (TypeError, "table: expected a tensor of", {"table": case.table.long()}),
-        (ValueError, "num_layers: expected >= 0", {"num_layers": -1}),
+        (ValueError, "num_layers: expected an int >= 0", {"num_layers": -1}),
         (TypeError, "rows: expected a tensor of int64", {"rows": case.rows.int()}),
         (ValueError, "num_users: expected 0 to 30, the rows of rows", {"num_users": 31}),
         (ValueError, r"prompt_bias: expected shape \(25,\)", {"prompt_bias": bias[1:]}),
@@ -353,3 +353,23 @@ def test_what_the_kernel_does_not_take_is_composed(settings, monkeypatch):
     torch.testing.assert_close(again, fused)
     torch.testing.assert_close(torch.autograd.grad(again[0], leaves), ours)
     assert calls == ["cpp"]
+
+
+def test_a_composed_loss_under_autocast():
+    case = Case()
+    leaves = [t.requires_grad_() for t in case.leaves]
+    wide = case.table.detach().double().requires_grad_()
+    given = case.arguments(*leaves)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, _ = ops.student_loss(given[0], wide, *given[2:], weights=WEIGHTS, l2=case.l2.double())
+    loss.backward()
+    plain = torch.autograd.grad(case.loss()(*leaves, "cpp"), leaves)
+    assert (wide.grad.float() - plain[0]).norm() < 0.05 * plain[0].norm()
+
+
+def test_a_teacher_without_modalities_is_refused():
+    case = Case()
+    given = dict(zip(NAMES, case.arguments(*case.leaves), strict=True))
+    given |= {"content": case.constants[0][:0], "omega": case.constants[3][:0], "mixed": case.mixed[:, :0]}
+    with pytest.raises(ValueError, match="content: expected at least one modality"):
+        ops.student_loss(**given)
