@@ -49,8 +49,9 @@ class _State(torch.autograd.Function):
 
 def prompt_state(stacked: Tensor, mixed: Tensor, modalities: int) -> Tensor:
     """``V V^T S^m`` from ``V [e, k]`` and the ``S^m`` side by side, ``[e, M d]``; ``[M, e, d]``, of their dtype. Any device."""
-    if torch.is_autocast_enabled(mixed.device.type):
-        with torch.autocast(mixed.device.type, enabled=False):
+    kind = mixed.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):
             return prompt_state(stacked, mixed, modalities)
     transformed = torch._C._are_functorch_transforms_active()  # they take no Function of this, quicker, kind
     return (_state if transformed else _State.apply)(stacked, mixed, modalities)
