@@ -80,12 +80,11 @@ def check_frozen(
     candidates: Tensor, list_name: str, first_item: int,
 ) -> None:  # fmt: skip
     """The constants of a collapsed teacher with its state, and what it is asked for."""
-    check_floating(content, "content")
-    check_rank(content, "content", 3)
-    check_floating(state, "state", content.dtype)
+    check_floating(state, "state")
     check_rank(state, "state", 3)
     inner = state.shape[1]
     check_constants(content, design, ids, omega, inner, nodes, nodes_name, candidates, list_name, first_item)
+    check_floating(state, "state", content.dtype)
     check_shape(state, "state", (content.shape[0], inner, content.shape[2]))
     check_same_device(("content", content), ("state", state))
 

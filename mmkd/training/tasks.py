@@ -317,16 +317,16 @@ class StudentTask(_NodesTask):
         student, teacher, prompt = self.student, self.teacher, self.teacher.prompt
         if teacher.norm != "mean" or not teacher.strength or not _plain(student, prompt):
             return None
-        table, parts = (
-            student.table,
-            (prompt.weight, prompt.bias, teacher.content, teacher.mixed, self.modality_weights),
-        )
-        made_of = table, table.dtype, student.compute, student.layers, self.emb_modalities, self.distill, *parts
+        made_of = (
+            student.table, student.table.dtype, student.compute, student.layers, prompt.weight, prompt.bias, teacher.content,
+            teacher.mixed, self.modality_weights, self.emb_modalities, self.distill,
+        )  # fmt: skip
         if self._made_of is None or any(a is not b for a, b in zip(made_of, self._made_of, strict=True)):
             self._made_of, self._gradients = made_of, self._fresh()
         return self._gradients
 
     def _fresh(self) -> StudentGradients | None:
+        """A new one; None where there is no kernel."""
         student, teacher, table = self.student, self.teacher, self.student.table
         gather = gathered_in(table, student.compute)
         kernel = backends.why_not("student", "cpp", table.device.type) is None and table.is_contiguous()
@@ -342,16 +342,17 @@ class StudentTask(_NodesTask):
         """:meth:`gradients` in one call."""
         batch, student, prompt = drawn.nodes, self.student, (self.teacher.prompt.weight, self.teacher.prompt.bias)
         learn = [p.requires_grad for p in prompt]
+        l2 = None if drawn.l2 is None else drawn.l2.to(student.table.dtype)  # drawn ahead, maybe before it changed
         terms, rows, *grads = gradients(
-            batch.rows, drawn.l2, batch.num_users, batch.users, batch.candidates, batch.extra, drawn.asked,
+            batch.rows, l2, batch.num_users, batch.users, batch.candidates, batch.extra, drawn.asked,
             drawn.candidates, any(learn),
         )  # fmt: skip
         held = student.held
         if held is not None and held.gather == gradients.gather:
-            held.put(batch.rows, rows, drawn.l2, ascending=self.multiple == 1)
+            held.put(batch.rows, rows, l2, ascending=self.multiple == 1)
         else:
             written = RowGradient(student.graph, student.layers, gradients.gather)
-            written.put(batch.rows, rows, drawn.l2)
+            written.put(batch.rows, rows, l2)
             _add(student.table, written.dense(student.table))
         for p, grad, wanted in zip(prompt, grads, learn, strict=True):
             if wanted:
