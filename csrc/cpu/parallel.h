@@ -41,6 +41,18 @@ inline void for_chunks(int64_t chunks, const F& f, bool small = false) {
   });
 }
 
+// The same with f(chunk, next): `next` is what the thread takes after it, `chunks` if nothing is left, so that f can
+// ask for its memory meanwhile. A thread holds two chunks then.
+template <class F>
+inline void for_chunks_ahead(int64_t chunks, const F& f) {
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), chunks);
+  std::atomic<int64_t> next{0};
+  const auto take = [&] { return std::min(chunks, next.fetch_add(1, std::memory_order_relaxed)); };
+  for_chunks(threads, [&](int64_t) {
+    for (int64_t c = take(), after; c < chunks; c = after) f(c, after = take());
+  });
+}
+
 // Whether a table is to be written past the caches, so that its lines are not read first and push nothing out: from
 // `share` of the last-level cache on, which the caller takes to be more than is kept until the table is read.
 inline bool past_caches(const void* at, int64_t rows, int64_t row_bytes, double share) {

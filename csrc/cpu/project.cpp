@@ -158,11 +158,20 @@ Tensor project(Tensors tables, Tensors weights, Tensors scales, OptTensor design
     parts.push_back(a);
   }
   std::atomic<bool> failed{false};
-  for_chunks(up(p.rows, kProjectRows), [&](int64_t c) {
+  // the beginnings of a block of rows, in the table that a thread comes to next
+  const auto beginnings = [&](size_t m, int64_t c) {
+    const int64_t one = tables[m].element_size(), first = std::min(p.rows, c * kProjectRows);
+    return ProjectNext{static_cast<const char*>(parts[m].x) + first * parts[m].k * one, parts[m].k * one,
+                       std::min(parts[m].k, kProjectInner) * one, std::min(p.rows - first, kProjectRows)};
+  };
+  for_chunks_ahead(up(p.rows, kProjectRows), [&](int64_t c, int64_t after) {
     const Scratch scratch(project_rows_scratch(p.dp) * p.bytes, failed);
     if (!scratch) return;
-    for (const ProjectRows& a : parts)
-      MMKD_ON_ISA(project_rows(a, c * kProjectRows, std::min(p.rows, (c + 1) * kProjectRows), scratch.get()));
+    for (size_t m = 0; m < parts.size(); ++m) {
+      const ProjectNext next = m + 1 < parts.size() ? beginnings(m + 1, c) : beginnings(0, after);
+      MMKD_ON_ISA(
+          project_rows(parts[m], c * kProjectRows, std::min(p.rows, (c + 1) * kProjectRows), next, scratch.get()));
+    }
   });
   check_memory(failed, "project");
   return out;
@@ -197,7 +206,8 @@ struct Masked {
 
 Masked masked(const Problem& p, const Tensor& grad, const Tensors& scales, const OptTensor& design,
               const OptTensor& mask, bool need_ready, std::atomic<bool>& failed) {
-  const int64_t parts = std::clamp<int64_t>(p.rows / (2 * kProjectItems), 1, kParts), wide = p.count * p.dp;
+  const int64_t blocks = up(p.rows, kProjectItems), parts = std::clamp<int64_t>(blocks / 2, 1, kParts);
+  const int64_t wide = p.count * p.dp;
   std::vector<const void*> scale;
   bool any = mask.has_value() || p.d != p.dp;
   for (const Tensor& s : scales) {
@@ -215,7 +225,8 @@ Masked masked(const Problem& p, const Tensor& grad, const Tensors& scales, const
   for_chunks(parts, [&](int64_t i) {
     const Scratch scratch(project_masked_scratch(p.dp) * p.bytes, failed);
     if (!scratch) return;
-    MMKD_ON_ISA(project_masked(a, p.rows * i / parts, p.rows * (i + 1) / parts, sums + i * wide * p.bytes,
+    const int64_t begin = blocks * i / parts * kProjectItems, end = blocks * (i + 1) / parts * kProjectItems;
+    MMKD_ON_ISA(project_masked(a, begin, std::min(p.rows, end), sums + i * wide * p.bytes,
                                by_design + i * p.e * wide * p.bytes, scratch.get()));
   });
   return out;

@@ -44,7 +44,7 @@ MMKD_INLINE void tile(const A* x, int64_t along, int64_t down, const A* w, int64
     typename W::V b[NV];
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) b[v] = W::load(w + k * ld + v * W::size);
-    if (k < ahead.count) __builtin_prefetch(ahead.at + k * ahead.stride, 0, 3);
+    if (k < ahead.count) __builtin_prefetch(ahead.at + k * ahead.stride, 0, 2);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const A one = x[r * along + k * down];
@@ -123,10 +123,18 @@ MMKD_INLINE void widen(const T* from, int64_t n, Acc<T>* to) {
 template <class T>
 constexpr bool kNarrow = sizeof(T) < 4;
 
-// acc[begin..end)[dp] of x[begin..end) times panels of a weight, `inner` columns of x; a piece of them after the other.
+// Asks for the beginnings of some rows, for the second-level cache: the first one holds the weights in use.
+MMKD_INLINE void ask(const char* at, int64_t stride, int64_t bytes, int64_t rows) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(at + r * stride + b, 0, 2);
+  }
+}
+
+// acc[rows][dp] = shift, or what is there, plus x[rows][inner] times panels of a weight; a piece of the columns after
+// the other.
 template <class T>
 void add_product(const T* x, int64_t inner, const Acc<T>* weight, int64_t dp, int64_t rows, Acc<T>* acc,
-                 const Acc<T>* shift, bool add, Acc<T>* wide) {
+                 const Acc<T>* shift, bool add, const ProjectNext& next, Acc<T>* wide) {
   using A = Acc<T>;
   if (inner == 0) {
     for (int64_t r = 0; r < rows && !add; ++r) {
@@ -135,14 +143,15 @@ void add_product(const T* x, int64_t inner, const Acc<T>* weight, int64_t dp, in
     return;
   }
   for (int64_t k = 0; k < inner; k += kProjectInner) {
-    const int64_t n = least(kProjectInner, inner - k);
-    const int64_t next = least(kProjectInner, inner - k - n) * static_cast<int64_t>(sizeof(T));
+    const int64_t n = least(kProjectInner, inner - k), bytes = inner * static_cast<int64_t>(sizeof(T));
+    const int64_t after = least(kProjectInner, inner - k - n) * static_cast<int64_t>(sizeof(T));
     for (int64_t r = 0; r < rows; r += kTall) {
       const int64_t here = least(kTall, rows - r);
       const T* at = x + r * inner + k;
-      for (int64_t i = 0; i < here; ++i) {
-        const char* after = reinterpret_cast<const char*>(at + i * inner + n);
-        for (int64_t b = 0; b < next; b += 64) __builtin_prefetch(after + b, 0, 3);
+      if (after) {
+        ask(reinterpret_cast<const char*>(at + n), bytes, after, here);
+      } else if (r < next.rows) {
+        ask(static_cast<const char*>(next.at) + r * next.stride, next.stride, next.bytes, least(kTall, next.rows - r));
       }
       const A* left = reinterpret_cast<const A*>(at);
       int64_t along = inner;
@@ -161,26 +170,24 @@ void add_product(const T* x, int64_t inner, const Acc<T>* weight, int64_t dp, in
 }
 
 template <class T>
-void rows_of(const ProjectRows& a, int64_t begin, int64_t end, Acc<T>* scratch) {
+void rows_of(const ProjectRows& a, int64_t begin, int64_t end, const ProjectNext& next, Acc<T>* scratch) {
   using A = Acc<T>;
   const auto at = [](const void* p, int64_t i) { return p ? static_cast<const A*>(p) + i : nullptr; };
   A *acc = scratch, *wide = scratch + kProjectRows * a.dp;
-  for (int64_t first = begin; first < end; first += kProjectRows) {
-    const int64_t rows = least(kProjectRows, end - first);
-    add_product(static_cast<const T*>(a.x) + first * a.k, a.k, at(a.weight, 0), a.dp, rows, acc, at(a.shift, 0), false,
-                wide);
-    for (int64_t r = 0; a.scale && r < rows; ++r) {
-      const A by = *at(a.scale, first + r);
-      for (int64_t c = 0; c < a.dp; ++c) acc[r * a.dp + c] *= by;
-    }
-    if (a.design)
-      add_product(at(a.design, first * a.e), a.e, at(a.added, 0), a.dp, rows, acc, at(nullptr, 0), true, wide);
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t place = (first + r) * a.width + a.column;
-      const A *from = acc + r * a.dp, *mask = at(a.mask, place);
-      A* out = static_cast<A*>(a.out) + place;
-      for (int64_t c = 0; c < a.d; ++c) out[c] = mask ? from[c] * mask[c] : from[c];
-    }
+  const int64_t rows = end - begin;
+  add_product(static_cast<const T*>(a.x) + begin * a.k, a.k, at(a.weight, 0), a.dp, rows, acc, at(a.shift, 0), false,
+              next, wide);
+  for (int64_t r = 0; a.scale && r < rows; ++r) {
+    const A by = *at(a.scale, begin + r);
+    for (int64_t c = 0; c < a.dp; ++c) acc[r * a.dp + c] *= by;
+  }
+  if (a.design)
+    add_product(at(a.design, begin * a.e), a.e, at(a.added, 0), a.dp, rows, acc, at(nullptr, 0), true, {}, wide);
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t place = (begin + r) * a.width + a.column;
+    const A *from = acc + r * a.dp, *mask = at(a.mask, place);
+    A* out = static_cast<A*>(a.out) + place;
+    for (int64_t c = 0; c < a.d; ++c) out[c] = mask ? from[c] * mask[c] : from[c];
   }
 }
 
@@ -260,16 +267,16 @@ void grad_of(const ProjectGrad& a, int64_t begin, int64_t end, int64_t from, int
 
 }  // namespace
 
-void project_rows(const ProjectRows& a, int64_t begin, int64_t end, void* scratch) {
+void project_rows(const ProjectRows& a, int64_t begin, int64_t end, const ProjectNext& next, void* scratch) {
   switch (a.dtype) {
     case DType::f64:
-      return rows_of<double>(a, begin, end, static_cast<double*>(scratch));
+      return rows_of<double>(a, begin, end, next, static_cast<double*>(scratch));
     case DType::bf16:
-      return rows_of<bf16_t>(a, begin, end, static_cast<float*>(scratch));
+      return rows_of<bf16_t>(a, begin, end, next, static_cast<float*>(scratch));
     case DType::f16:
-      return rows_of<f16_t>(a, begin, end, static_cast<float*>(scratch));
+      return rows_of<f16_t>(a, begin, end, next, static_cast<float*>(scratch));
     default:
-      return rows_of<float>(a, begin, end, static_cast<float*>(scratch));
+      return rows_of<float>(a, begin, end, next, static_cast<float*>(scratch));
   }
 }
 

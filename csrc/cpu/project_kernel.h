@@ -10,8 +10,8 @@ namespace mmkd {
 constexpr int64_t kProjectRows = 96;  // rows of a block forward
 constexpr int64_t kProjectInner =
     96;  // columns of the table taken at a time: their weights stay in a first-level cache
-constexpr int64_t kProjectItems = 64;  // rows of a block back, whose gradients stay there
-constexpr int64_t kProjectStrip = 96;  // columns of a strip back
+constexpr int64_t kProjectItems = 192;  // rows of a block back, whose gradients stay there
+constexpr int64_t kProjectStrip = 48;   // columns of a strip back
 
 // Columns are filled up with zeros to whole lines of 64 bytes, d to dp. A packed weight is panels of four lines,
 // [inner][256 bytes] one after the other, the last one as wide as what is left. The same for every instruction set.
@@ -32,6 +32,13 @@ struct ProjectRows {
   const void* mask;   // [rows, width], or null
   void* out;          // [rows, width]
   int64_t width, column, d, dp;
+};
+
+// What a thread reads next: the beginnings of some rows, asked for while it works on the last columns of its own.
+struct ProjectNext {
+  const void* at;
+  int64_t stride, bytes;  // from row to row, and of each
+  int64_t rows;
 };
 
 // What the gradients of all tables start from: with g = mask * grad, design^T g, and scale * g, a table after the
@@ -63,7 +70,8 @@ constexpr int64_t project_rows_scratch(int64_t dp) { return kProjectRows * dp + 
 constexpr int64_t project_masked_scratch(int64_t dp) { return (kProjectItems + 1) * dp; }
 constexpr int64_t project_grad_scratch() { return kProjectItems * kProjectStrip; }
 
-MMKD_KERNEL(void project_rows(const ProjectRows& a, int64_t begin, int64_t end, void* scratch))
+// Rows [begin, end), at most kProjectRows.
+MMKD_KERNEL(void project_rows(const ProjectRows& a, int64_t begin, int64_t end, const ProjectNext& next, void* scratch))
 // Of rows [begin, end): their part of the sums, [count * dp], and of design^T g, [e, count * dp].
 MMKD_KERNEL(void project_masked(const ProjectMasked& a, int64_t begin, int64_t end, void* sums, void* by_design,
                                 void* scratch))
