@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from mmkd import BipartiteGraph, reference
 from mmkd.config import Config
 from mmkd.models.features import FeatureTable
-from mmkd.models.teacher import Teacher, row_normalize
+from mmkd.models.teacher import Teacher
+from mmkd.reference.teacher import row_normalize
 
 
 def _sparse(rows: Tensor, cols: Tensor, values: Tensor, shape: tuple[int, int], layout: str) -> Tensor:

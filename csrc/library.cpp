@@ -116,6 +116,14 @@ STABLE_TORCH_LIBRARY(mmkd, m) {
       "first_item, Tensor list_weights, Tensor emb_weights, float bpr, float pair, float list, float emb, float "
       "pair_tau, bool bernoulli, float alpha, float beta, float list_tau, bool coupled, float gamma, bool need_table, "
       "bool need_prompt) -> (Tensor loss, Tensor terms, Tensor grad_rows, Tensor grad_weight, Tensor grad_bias)");
+  // joint BPR(E^T) + modality sum_m BPR(F^m) + by_prompt BPR(p) at a batch's rows, E^T = ids + sum_m omega_m
+  // rownorm(F^m): terms are the three summands.
+  m.def(
+      "teacher(Tensor ids, Tensor user_features, Tensor item_features, Tensor? prompt, Tensor users, Tensor pos, "
+      "Tensor "
+      "neg, Tensor omega, float joint, float modality, float by_prompt, bool need_ids, bool need_users, bool "
+      "need_items, bool need_prompt) -> (Tensor loss, Tensor terms, Tensor grad_ids, Tensor grad_users, Tensor "
+      "grad_items, Tensor grad_prompt)");
   // mask * ([scales_m * (tables_m weights_m)] + design added), tables side by side. A weight with one row more than its
   // table has columns adds that row; an empty tensor among `scales` is none. The way back gives the gradients of the
   // weights (empty where they are not needed), then that of `added`.

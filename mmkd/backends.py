@@ -26,12 +26,13 @@ OPS = {
     "distill": ("distill",),
     "distill_frozen": ("distill_frozen",),
     "student": ("student",),
+    "teacher": ("teacher",),
     "topk": ("topk",),
     "frozen_teacher": ("frozen_teacher", "frozen_teacher_backward"),
     "project": ("project", "project_backward"),
 }
 # off the CPU the doors of these compose library products and other ops
-CPU_ONLY = ("propagate_mixed", "propagate_adamw", "distill_frozen", "student", "project")
+CPU_ONLY = ("propagate_mixed", "propagate_adamw", "distill_frozen", "student", "teacher", "project")
 # and of these where there is no CUDA library
 NO_TRITON = (*CPU_ONLY, "frozen_teacher", "distill")
 ORDER = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}

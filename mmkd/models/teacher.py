@@ -13,8 +13,7 @@ from mmkd.models.features import FeatureTable, project
 from mmkd.models.lightgcn import HoldsGradient, RowGradient, initial_table, propagated, rounded
 from mmkd.models.neighbors import NeighborGraph
 from mmkd.models.prompt import Prompt
-
-NORM_EPS = 1e-12
+from mmkd.reference.teacher import NORM_EPS, combine
 
 
 @dataclass(frozen=True)
@@ -32,11 +31,6 @@ class TeacherOutput:
     ids: Tensor
     users: Tensor
     items: Tensor
-
-
-def row_normalize(x: Tensor) -> Tensor:
-    """``x / max(||x||, eps)`` per last-dimension row; a zero row stays zero."""
-    return nn.functional.normalize(x, dim=-1, eps=NORM_EPS)
 
 
 def spread(graph: BipartiteGraph, features: Tensor, layers: int) -> tuple[Tensor, Tensor]:
@@ -172,7 +166,7 @@ class Teacher(HoldsGradient, nn.Module):
         )
         self.biases = nn.ParameterList(torch.zeros(dim, dtype=dtype) for _ in features)
         self.omega = nn.Parameter(torch.full((len(self.features),), feature_weight, dtype=dtype), requires_grad=False)
-        self.register_buffer("user_design", None, persistent=False)
+        self.register_buffer("node_design", None, persistent=False)
         self._constants()
 
     def hold_gradient(self) -> RowGradient | None:
@@ -213,13 +207,12 @@ class Teacher(HoldsGradient, nn.Module):
         added = stacked @ (stacked.T @ torch.cat(self.mixed(), 1)) * (self.strength / design.shape[0])
         return project(self.features, self.weights, design, torch.cat([added[:-1], added[-1:] + bias]), mask)
 
-    def prompt_tables(self, rows: Tensor, num_users: int) -> tuple[Tensor, Tensor]:
-        """``R_hat p`` at the users and ``p`` at the items of node ids `rows` (users first, `num_users` of them)."""
-        if self.user_design is None:
-            self.user_design = self.graph.users_from_items(self.prompt.design)  # [U, d+1], a constant
-        stacked = self.prompt.stacked()
-        users, items = rows[:num_users], rows[num_users:] - self.graph.num_users
-        return self.user_design.index_select(0, users) @ stacked, self.prompt.design.index_select(0, items) @ stacked
+    def prompt_at(self, rows: Tensor) -> Tensor:
+        """``R_hat p`` at the users and ``p`` at the items of node ids `rows`, ``[n, d]``."""
+        if self.node_design is None:
+            design = self.prompt.design
+            self.node_design = torch.cat([self.graph.users_from_items(design), design])  # [N, d+1], a constant
+        return self.node_design.index_select(0, rows) @ self.prompt.stacked()
 
     def id_embeddings(self, rows: Tensor | None = None) -> Tensor:
         """``propagate(id + sum_m S^m id)``, the part of ``E^T`` without ``F^m``."""
@@ -236,7 +229,16 @@ class Teacher(HoldsGradient, nn.Module):
         self, rows: Tensor | None = None, num_users: int | None = None, mask: Tensor | None = None,
         item_rows: ItemRows | None = None,
     ) -> TeacherOutput:  # fmt: skip
-        """Teacher outputs at all nodes, or at some.
+        """Teacher outputs at all nodes, or at some; arguments as in :meth:`parts`."""
+        ids, *sides = self.parts(rows, num_users, mask, item_rows)
+        users, items = (torch.stack(x.chunk(len(self.features), 1)) for x in sides)  # [M, n, d]
+        return TeacherOutput(combine(ids, torch.cat([users, items], 1), self.omega), ids, users, items)
+
+    def parts(
+        self, rows: Tensor | None = None, num_users: int | None = None, mask: Tensor | None = None,
+        item_rows: ItemRows | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """What ``E^T`` is made of, at all nodes or at some: ids ``[n, d]``, ``F_u`` and ``F_i``, modalities side by side.
 
         Args:
             rows: node ids to return, users first; all nodes if empty.
@@ -253,9 +255,7 @@ class Teacher(HoldsGradient, nn.Module):
                 users = users.index_select(0, rows[:num_users])
                 items = items.index_select(0, rows[num_users:] - self.graph.num_users)
         own = self.table.dtype
-        users, items = (torch.stack(x.to(own).chunk(len(self.features), 1)) for x in (users, items))  # [M, n, d]
-        ids = self.id_embeddings(rows).to(own)
-        return TeacherOutput(combine(ids, torch.cat([users, items], 1), self.omega), ids, users, items)
+        return self.id_embeddings(rows).to(own), users.to(own), items.to(own)
 
     def tables(self) -> tuple[Tensor, Tensor]:
         """``E^T`` of users ``[U, d]`` and items ``[I, d]``, without dropout or gradient."""
@@ -266,8 +266,3 @@ class Teacher(HoldsGradient, nn.Module):
         """A table of all nodes as that of the users and that of the items."""
         users, items = table.split([self.graph.num_users, self.graph.num_items])
         return users, items
-
-
-def combine(ids: Tensor, features: Tensor, omega: Tensor) -> Tensor:
-    """``E^T = ids + sum_m omega_m rownorm(F^m)``, ``[n, d]``, from ``[n, d]``, ``[M, n, d]`` and ``[M]``."""
-    return ids + (omega[:, None, None] * row_normalize(features)).sum(0)

@@ -9,6 +9,7 @@ from mmkd.ops.list_kd import list_kd_from_scores, list_kd_loss, list_scores
 from mmkd.ops.project import project
 from mmkd.ops.spmm import propagate, propagate_adamw_, sddmm, spmm
 from mmkd.ops.student import student_loss
+from mmkd.ops.teacher import teacher_loss
 from mmkd.ops.topk import topk
 
 __all__ = [
@@ -29,5 +30,6 @@ __all__ = [
     "sddmm",
     "spmm",
     "student_loss",
+    "teacher_loss",
     "topk",
 ]

@@ -17,6 +17,7 @@ from mmkd.reference.spmm import (
     spmm,
 )
 from mmkd.reference.student import prompt_state, student
+from mmkd.reference.teacher import teacher
 from mmkd.reference.topk import topk
 
 __all__ = [
@@ -39,5 +40,6 @@ __all__ = [
     "sddmm",
     "spmm",
     "student",
+    "teacher",
     "topk",
 ]

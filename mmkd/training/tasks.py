@@ -14,7 +14,7 @@ from mmkd.data import Dataset
 from mmkd.data.sampling import Sampler
 from mmkd.graph import BipartiteGraph, ItemRows
 from mmkd.models.lightgcn import LightGCN, RowGradient, gathered_in
-from mmkd.models.teacher import Teacher
+from mmkd.models.teacher import Teacher, TeacherOutput
 from mmkd.ops.student import StudentGradients
 from mmkd.training.collapse import FrozenTeacher
 from mmkd.training.optim import PropagatedAdamW
@@ -171,18 +171,28 @@ class TeacherTask(_NodesTask):
         return there and not len(batch.nodes.shared)
 
     def gradients(self, drawn: TeacherBatch) -> dict[str, Tensor]:
-        batch, item_rows, mask = drawn.nodes, drawn.item_rows, self.mask_of(drawn.mask)
-        out = self.model(batch.rows, batch.num_users, mask, item_rows)
-        terms = {"ranking": ranking_loss(*batch.split(out.joint), batch)}
-        if self.settings.modality_loss:
-            heads = [ranking_loss(u, i, batch) for u, i in zip(out.users, out.items, strict=True)]
-            terms["modalities"] = self.settings.modality_loss * torch.stack(heads).sum()
-        if self.settings.prompt_loss:
-            users, items = self.model.prompt_tables(batch.rows, batch.num_users)
-            terms["prompt"] = self.settings.prompt_loss * ops.bpr_loss(users, items, batch.users, batch.pos, batch.neg)
-        torch.stack(list(terms.values())).sum().backward()
-        terms = {name: value.detach() for name, value in terms.items()}
+        batch, asked = drawn.nodes, (drawn.nodes.rows, drawn.nodes.num_users, self.mask_of(drawn.mask), drawn.item_rows)
+        weights = {"ranking": 1.0, "modalities": self.settings.modality_loss, "prompt": self.settings.prompt_loss}
+        prompt = self.model.prompt_at(batch.rows) if weights["prompt"] else None
+        if len(batch.shared):
+            loss, terms = self._against_shared(self.model(*asked), batch, prompt, tuple(weights.values()))
+        else:
+            pairs, by = (batch.users, batch.pos, batch.neg, self.model.omega), tuple(weights.values())
+            loss, terms = ops.teacher_loss(*self.model.parts(*asked), *pairs, prompt, weights=by)
+        loss.backward()
+        terms = {name: term for (name, weight), term in zip(weights.items(), terms.unbind(), strict=True) if weight}
         return {**terms, "l2": add_l2(self.model, batch, self.settings.l2)}
+
+    @staticmethod
+    def _against_shared(
+        out: TeacherOutput, batch: NodeBatch, prompt: Tensor | None, weights: tuple[float, float, float]
+    ) -> tuple[Tensor, Tensor]:
+        """The loss and its summands `[3]`, the first two against the step's shared negatives."""
+        joint, zero = ranking_loss(*batch.split(out.joint), batch), out.joint.new_zeros(())
+        heads = [ranking_loss(u, i, batch) for u, i in zip(out.users, out.items, strict=True)] if weights[1] else [zero]
+        own = zero if prompt is None else ops.bpr_loss(*batch.split(prompt), batch.users, batch.pos, batch.neg)
+        terms = torch.stack([joint, weights[1] * torch.stack(heads).sum(), weights[2] * own])
+        return terms.sum(), terms.detach()
 
     def tables(self) -> tuple[Tensor, Tensor]:
         return self.model.tables()
