@@ -95,3 +95,17 @@ def bench_student_step_floor(compare, name):
     stepped = floor.step_of([table.clone(), torch.zeros_like(table), torch.zeros_like(table)])
     compare("student step", f"{name} L=2, EmbKD sampled, beside its floor", _our_steps(pair, 1),
             {"floor: rows read, tables stepped": floor.both(read, stepped)}, rounds=20, warmup=2, calls=4)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STUDENT_TARGETS)
+def bench_teacher_step_floor(compare, name):
+    """Beside the products alone, the rows that its SpMMs and its ids' propagation read, and AdamW's tables."""
+    pair = steps.teacher_step(name)
+    drawn, model = pair.task.batch(0, 0), pair.task.model
+    graph, dim, table = model.graph, model.table.shape[1], model.table.detach()
+    features = floor.spread(graph, drawn.item_rows, len(model.features), dim)
+    read = floor.rows_read([*features, *floor.propagation(graph, drawn.nodes.rows, dim)])
+    stepped = floor.step_of([table.clone(), torch.zeros_like(table), torch.zeros_like(table)])
+    floors = {"floor: products, rows read, tables stepped": floor.both(steps.gemms(name), read, stepped),
+              "floor: rows read, tables stepped": floor.both(read, stepped)}  # fmt: skip
+    compare("teacher step", f"{name} L=2, beside its floor", _our_steps(pair, 1), floors, rounds=15, warmup=2, calls=4)

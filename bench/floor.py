@@ -110,6 +110,18 @@ def propagation(graph, rows: Tensor | None, dim: int) -> list[tuple[Tensor, Tens
     return [(first, everything), (second, onwards), (torch.randn(len(rows), dim), backwards), (second, everything)]
 
 
+def spread(graph, item_rows, modalities: int, dim: int) -> list[tuple[Tensor, Tensor]]:
+    """What one layer of `R_hat` and `R_hat^T` over features reads, forward and backward, where the second is wanted for the items
+    of `item_rows` alone: rows `modalities * dim` wide, as so many rows of `dim` one after the other."""
+    wide = torch.arange(modalities, dtype=torch.int32)
+
+    def rows(count: int, index: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.randn(count * modalities, dim), (index[:, None] * modalities + wide).flatten().contiguous()
+
+    forward = rows(graph.num_items, graph.user_col), rows(graph.num_users, item_rows.col)
+    return [*forward, rows(len(item_rows.items), item_rows.user_col), rows(graph.num_users, graph.item_col)]
+
+
 class _Nothing(torch.autograd.Function):
     @staticmethod
     def forward(ctx, loss, grads, *tables):
