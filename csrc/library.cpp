@@ -120,8 +120,7 @@ STABLE_TORCH_LIBRARY(mmkd, m) {
   // rownorm(F^m): terms are the three summands.
   m.def(
       "teacher(Tensor ids, Tensor user_features, Tensor item_features, Tensor? prompt, Tensor users, Tensor pos, "
-      "Tensor "
-      "neg, Tensor omega, float joint, float modality, float by_prompt, bool need_ids, bool need_users, bool "
+      "Tensor neg, Tensor omega, float joint, float modality, float by_prompt, bool need_ids, bool need_users, bool "
       "need_items, bool need_prompt) -> (Tensor loss, Tensor terms, Tensor grad_ids, Tensor grad_users, Tensor "
       "grad_items, Tensor grad_prompt)");
   // mask * ([scales_m * (tables_m weights_m)] + design added), tables side by side. A weight with one row more than its

@@ -420,6 +420,87 @@ def test_losses_read_for_many_steps_at_once_are_the_same(bad, dataset, tmp_path,
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-6) and a["l2"] == pytest.approx(b["l2"], rel=1e-6)
 
 
+def _teacher_task(dataset, **settings):
+    """A teacher's stage at its beginning, of two modalities, without dropout."""
+    from mmkd.models.features import FeatureTable
+    from mmkd.models.prompt import Prompt, prompt_basis
+    from mmkd.models.teacher import Teacher
+    from mmkd.training.tasks import TeacherTask
+
+    own = {"batch_size": 256, "dropout": 0.0, **settings}
+    config, generator = quick(dim=16, teacher=own), torch.Generator().manual_seed(0)
+    graph = BipartiteGraph.from_scipy(dataset.train)
+    tables = [FeatureTable(name, values, config.teacher.features) for name, values in dataset.features.items()]
+    prompt = Prompt(prompt_basis(tables, 16), generator)
+    model = Teacher(graph, tables, prompt, layers=2, strength=config.prompt.strength, generator=generator)
+    model.omega.copy_(torch.tensor([0.7, 0.2]))
+    return TeacherTask(model, config, dataset, graph)
+
+
+def _teacher_terms(task, batch):
+    """The terms of a teacher's loss, written out over all nodes; its L2 term is not among them."""
+    from mmkd.training.ranking import ranking_loss
+
+    model, settings, graph = task.model, task.settings, task.graph
+    out, prompt = model(), model.prompt.design @ model.prompt.stacked()
+    at = batch.rows[: batch.num_users], batch.rows[batch.num_users :] - graph.num_users
+
+    def ranked(users, items):
+        return ranking_loss(users[at[0]], items[at[1]], batch)
+
+    def bpr(users, items):
+        u, p, n = users[at[0]][batch.users], items[at[1]][batch.pos], items[at[1]][batch.neg]
+        return torch.nn.functional.softplus((u * n).sum(1) - (u * p).sum(1)).mean()
+
+    terms = {"ranking": ranked(*model.split(out.joint))}
+    if settings.modality_loss:
+        terms["modalities"] = settings.modality_loss * sum(
+            ranked(u, i) for u, i in zip(out.users, out.items, strict=True)
+        )
+    if settings.prompt_loss:
+        terms["prompt"] = settings.prompt_loss * bpr(graph.users_from_items(prompt), prompt)
+    return terms
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"modality_loss": 0.0},
+        {"prompt_loss": 0.0},
+        {"modality_loss": 0.4, "prompt_loss": 0.3, "shared_negatives": 8},
+    ],
+)
+def test_a_teachers_step_is_what_its_loss_says(dataset, settings, hooked):
+    task = _teacher_task(dataset, l2=0.0, **settings)
+    task.model.double()
+    optimizer, seen = task.optimizer(), []
+    if hooked:
+        task.model.register_forward_hook(lambda module, given, out: seen.append(out) or out)
+    batch = task.batch(0, 0)
+    terms = task.gradients(batch)
+    optimizer.materialize()
+    leaves = [p for p in task.model.parameters() if p.requires_grad]
+    grads = [p.grad.clone() for p in leaves]
+    assert bool(seen) == hooked
+    expected = _teacher_terms(task, batch.nodes)
+    assert list(terms) == [*expected, "l2"]
+    for name, value in expected.items():
+        torch.testing.assert_close(terms[name], value.detach(), rtol=1e-10, atol=1e-12)
+    for mine, truth in zip(grads, torch.autograd.grad(sum(expected.values()), leaves, allow_unused=True), strict=True):
+        torch.testing.assert_close(mine, truth, rtol=1e-9, atol=1e-12)
+
+
+def test_a_teachers_step_in_an_autocast_region(dataset):
+    task = _teacher_task(dataset)
+    with torch.autocast("cpu", torch.bfloat16):
+        terms = task.step(0, 0)
+    plain = _teacher_task(dataset).step(0, 0)
+    for name, value in plain.items():
+        torch.testing.assert_close(terms[name], value, rtol=0.02, atol=1e-3)
+
+
 @pytest.fixture
 def student_task(dataset):
     """A student's stage at its beginning, of two modalities and a prompt that learns."""

@@ -41,15 +41,20 @@ inline void for_chunks(int64_t chunks, const F& f, bool small = false) {
   });
 }
 
-// The same with f(chunk, next): `next` is what the thread takes after it, `chunks` if nothing is left, so that f can
-// ask for its memory meanwhile. A thread holds two chunks then.
+// The same with f(chunk, next): `next` is what the thread takes after it, so that f can ask for its memory meanwhile;
+// `chunks` where that is open: the last ones, one for each thread, go to whoever is free.
 template <class F>
 inline void for_chunks_ahead(int64_t chunks, const F& f) {
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), chunks);
   std::atomic<int64_t> next{0};
   const auto take = [&] { return std::min(chunks, next.fetch_add(1, std::memory_order_relaxed)); };
   for_chunks(threads, [&](int64_t) {
-    for (int64_t c = take(), after; c < chunks; c = after) f(c, after = take());
+    for (int64_t c = take(); c < chunks;) {
+      const bool many = next.load(std::memory_order_relaxed) + threads <= chunks;
+      const int64_t after = many ? take() : chunks;
+      f(c, after);
+      c = many ? after : take();
+    }
   });
 }
 

@@ -178,6 +178,11 @@ class Ranked {
       if (!heads_[h].ranked) continue;
       sums_[h * num_blocks(batch_) + c] = MMKD_ON_ISA(bpr_kd_losses(pairs_[h], begin, end)).bpr;
       MMKD_ON_ISA(bpr_kd_grads(pairs_[h], begin, end));
+      T* coefficient = static_cast<T*>(heads_[h].coefficient);
+      for (int64_t b = begin; b < end;
+           ++b) {  // an item against itself: what the two sides give would cancel but for rounding
+        if (a_.pos[b] == a_.neg[b] && coefficient[b] == coefficient[b]) coefficient[b] = 0;
+      }
     }
     return true;
   }

@@ -212,7 +212,8 @@ class Teacher(HoldsGradient, nn.Module):
         if self.node_design is None:
             design = self.prompt.design
             self.node_design = torch.cat([self.graph.users_from_items(design), design])  # [N, d+1], a constant
-        return self.node_design.index_select(0, rows) @ self.prompt.stacked()
+        product = self.node_design.index_select(0, rows) @ self.prompt.stacked()
+        return product.to(self.table.dtype)  # 16 bits in an autocast region
 
     def id_embeddings(self, rows: Tensor | None = None) -> Tensor:
         """``propagate(id + sum_m S^m id)``, the part of ``E^T`` without ``F^m``."""

@@ -37,8 +37,9 @@ def teacher_loss(
             `M >= 1`.
         users, pos, neg: int64 `[B]`, places among the users and, counted from the first item, among the items.
         omega: `[M]`, weights of the modalities in `E^T`, a constant.
-        prompt: `[n, d]`, `R_hat p` of the users and `p` of the items; None where `w_2 = 0`. All of one dtype.
-        weights: `w_0, w_1, w_2 >= 0`; the defaults are those of `mmkd train`. A loss of weight 0 is left out.
+        prompt: `[n, d]`, `R_hat p` of the users and `p` of the items; not looked at where `w_2 = 0`. All of one dtype.
+        weights: `w_0, w_1, w_2 >= 0`; the defaults are those of `mmkd train`. A loss of weight 0 is left out, and a table that
+            no loss looks at gets zeros or no gradient.
         impl: `auto`, `reference` or `cpp` (float32 and float64). `auto` is :func:`composed` in 16 bits and off the CPU.
 
     Returns:

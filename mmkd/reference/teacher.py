@@ -37,7 +37,7 @@ def teacher(
     def ranked(table: Tensor) -> Tensor:
         return bpr(margins(table[:num_users], table[num_users:], users, pos, neg))
 
-    nothing = ids[:0].sum()  # part of the graph
+    nothing = ids[:0].sum(dtype=torch.float64 if ids.dtype == torch.float64 else torch.float32)  # part of the graph
     terms = [nothing] * 3
     if len(users):
         if weights[0]:

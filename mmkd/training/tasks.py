@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -174,8 +175,8 @@ class TeacherTask(_NodesTask):
         batch, asked = drawn.nodes, (drawn.nodes.rows, drawn.nodes.num_users, self.mask_of(drawn.mask), drawn.item_rows)
         weights = {"ranking": 1.0, "modalities": self.settings.modality_loss, "prompt": self.settings.prompt_loss}
         prompt = self.model.prompt_at(batch.rows) if weights["prompt"] else None
-        if len(batch.shared):
-            loss, terms = self._against_shared(self.model(*asked), batch, prompt, tuple(weights.values()))
+        if len(batch.shared) or not _unwatched(self.model, Teacher.forward):
+            loss, terms = self._by_heads(self.model(*asked), batch, prompt, tuple(weights.values()))
         else:
             pairs, by = (batch.users, batch.pos, batch.neg, self.model.omega), tuple(weights.values())
             loss, terms = ops.teacher_loss(*self.model.parts(*asked), *pairs, prompt, weights=by)
@@ -184,10 +185,10 @@ class TeacherTask(_NodesTask):
         return {**terms, "l2": add_l2(self.model, batch, self.settings.l2)}
 
     @staticmethod
-    def _against_shared(
+    def _by_heads(
         out: TeacherOutput, batch: NodeBatch, prompt: Tensor | None, weights: tuple[float, float, float]
     ) -> tuple[Tensor, Tensor]:
-        """The loss and its summands `[3]`, the first two against the step's shared negatives."""
+        """The loss and its summands `[3]` from what the model gives; the first two against shared negatives where there are some."""
         joint, zero = ranking_loss(*batch.split(out.joint), batch), out.joint.new_zeros(())
         heads = [ranking_loss(u, i, batch) for u, i in zip(out.users, out.items, strict=True)] if weights[1] else [zero]
         own = zero if prompt is None else ops.bpr_loss(*batch.split(prompt), batch.users, batch.pos, batch.neg)
@@ -234,12 +235,17 @@ def _add(p: Tensor, grad: Tensor) -> None:
     p.grad = grad if p.grad is None else p.grad + grad
 
 
+def _unwatched(model: torch.nn.Module, forward: Callable) -> bool:
+    """Whether calling a model is calling `forward` of its class, and no hook sees it."""
+    kind, own = type(model), vars(model)
+    if getattr(kind, "forward", None) is not forward or kind.__call__ is not torch.nn.Module.__call__:
+        return False
+    return not ("forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"])
+
+
 def _plain(student: torch.nn.Module, prompt: torch.nn.Module) -> bool:
     """Whether a student is a LightGCN that nobody watches, so that its gradients need not go by autograd."""
-    kind, own = type(student), vars(student)
-    if getattr(kind, "forward", None) is not LightGCN.forward or kind.__call__ is not torch.nn.Module.__call__:
-        return False
-    if "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"]:
+    if not _unwatched(student, LightGCN.forward):
         return False
     table = student.table
     watched = (p._backward_hooks or p._post_accumulate_grad_hooks for p in (table, prompt.weight, prompt.bias))
