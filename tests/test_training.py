@@ -492,6 +492,13 @@ def test_a_teachers_step_is_what_its_loss_says(dataset, settings, hooked):
         torch.testing.assert_close(mine, truth, rtol=1e-9, atol=1e-12)
 
 
+def test_weights_of_the_modalities_get_a_gradient_where_somebody_asks(dataset):
+    task = _teacher_task(dataset)
+    task.model.omega.requires_grad_()
+    task.step(0, 0)
+    assert task.model.omega.grad.ne(0).all()
+
+
 def test_a_teachers_step_in_an_autocast_region(dataset):
     task = _teacher_task(dataset)
     with torch.autocast("cpu", torch.bfloat16):

@@ -175,7 +175,8 @@ class TeacherTask(_NodesTask):
         batch, asked = drawn.nodes, (drawn.nodes.rows, drawn.nodes.num_users, self.mask_of(drawn.mask), drawn.item_rows)
         weights = {"ranking": 1.0, "modalities": self.settings.modality_loss, "prompt": self.settings.prompt_loss}
         prompt = self.model.prompt_at(batch.rows) if weights["prompt"] else None
-        if len(batch.shared) or not _unwatched(self.model, Teacher.forward):
+        plain = _unwatched(self.model, Teacher.forward) and not self.model.omega.requires_grad
+        if len(batch.shared) or not plain:
             loss, terms = self._by_heads(self.model(*asked), batch, prompt, tuple(weights.values()))
         else:
             pairs, by = (batch.users, batch.pos, batch.neg, self.model.omega), tuple(weights.values())
