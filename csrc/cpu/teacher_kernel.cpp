@@ -27,7 +27,8 @@ void rows_typed(const TeacherArgs& a, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const A* features = features_of<A>(a, row);
     A *joint = static_cast<A*>(a.joint) + row * a.d, *inverse = static_cast<A*>(a.inverse) + row * a.modalities;
-    memcpy(joint, row_of<A>(a.ids, row, a.d), static_cast<size_t>(a.d) * sizeof(A));
+    const A* ids = row_of<A>(a.ids, row, a.d);
+    for (int64_t c = 0; c < a.d; ++c) joint[c] = ids[c];
     for (int64_t m = 0; m < a.modalities; ++m) {
       const A* f = features + m * a.d;
       const A length = Num<A>::sqrt(dot(f, f, a.d)), least = static_cast<A>(kEps);
