@@ -76,6 +76,18 @@ def dense(t: Tensor) -> Tensor:
     return t.contiguous()
 
 
+def loss_weights(weights, count: str, of: tuple[str, ...]) -> tuple[float, ...]:
+    """The weights of the losses `of`, finite and >= 0; `count`: how many they are, as a word."""
+    try:
+        given = tuple(float(w) for w in weights)
+    except (TypeError, ValueError):
+        given = ()
+    if len(given) != len(of) or not all(0 <= w < float("inf") for w in given):
+        named = f"{', '.join(of[:-1])} and {of[-1]}"
+        raise ValueError(f"weights: expected {count} numbers >= 0, of {named}, got {weights!r}")
+    return given
+
+
 def vector(t: Tensor | None, name: str, size: int, dtype: torch.dtype) -> Tensor | None:
     """An optional `[size]` vector, converted to `dtype`."""
     if t is None:

@@ -15,6 +15,7 @@ from mmkd.ops._checks import (
     check_same_device,
     check_shape,
     dense,
+    loss_weights,
     vector,
 )
 from mmkd.ops._registry import call, differentiable_loss, on_register
@@ -199,13 +200,7 @@ def check_lists(count: int, of: str, num_users: int, users: Tensor, candidates: 
 
 
 def checked_weights(weights) -> tuple[float, float, float, float]:
-    try:
-        four = tuple(float(w) for w in weights)
-    except (TypeError, ValueError):
-        four = ()
-    if len(four) != 4 or not all(0 <= w < float("inf") for w in four):
-        raise ValueError(f"weights: expected four numbers >= 0, of BPR, PairKD, ListKD and EmbKD, got {weights!r}")
-    return four
+    return loss_weights(weights, "four", ("BPR", "PairKD", "ListKD", "EmbKD"))
 
 
 def _check_there(weights, teacher_margin, teacher_logits, nodes, targets) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mmkd import backends, reference
 from mmkd.ops._checks import (
+    accumulate_type,
     check_floating,
     check_index,
     check_no_grad,
@@ -14,6 +15,7 @@ from mmkd.ops._checks import (
     check_same_device,
     check_shape,
     dense,
+    loss_weights,
 )
 from mmkd.ops._registry import call, differentiable_loss, on_register
 from mmkd.ops.bpr_kd import bpr_loss
@@ -49,7 +51,7 @@ def teacher_loss(
         ValueError, TypeError: an argument of the wrong shape, dtype, range or device (named). RuntimeError: an index out
         of range; a second derivative (of `impl="cpp"`).
     """
-    weights = _checked_weights(weights)
+    weights = loss_weights(weights, "three", ("E^T", "every F^m", "the prompt"))
     _check(ids, user_features, item_features, omega, prompt if weights[2] else None)
     _check_batch(ids, users, pos, neg)
     if weights[2] and prompt is None:
@@ -86,22 +88,10 @@ def composed(
         terms[1] = weights[1] * torch.stack(single).sum()
     if weights[2]:
         terms[2] = weights[2] * bpr_loss(*prompt.split(sizes), users, pos, neg)
-    acc = torch.float64 if ids.dtype == torch.float64 else torch.float32
+    acc = accumulate_type(ids.dtype)
     zero = ids.new_zeros((), dtype=acc) if any(weights) else ids[:0].sum(dtype=acc)  # still part of the graph
     given = [zero if t is None else t for t in terms]
     return torch.stack(given).sum(), torch.stack(given).detach()
-
-
-def _checked_weights(weights) -> tuple[float, float, float]:
-    try:
-        three = tuple(float(w) for w in weights)
-    except (TypeError, ValueError):
-        three = ()
-    if len(three) != 3 or not all(0 <= w < float("inf") for w in three):
-        raise ValueError(
-            f"weights: expected three numbers >= 0, of the joint embedding's loss, each modality's and the prompt's, got {weights!r}"
-        )
-    return three
 
 
 def _check(ids: Tensor, user_features: Tensor, item_features: Tensor, omega: Tensor, prompt: Tensor | None) -> None:
